@@ -1,0 +1,359 @@
+"""The command line. What is heavy, torch first of all, is imported inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from secateur.errors import InputError, SecateurError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from secateur.coupling.groups import Graph
+    from secateur.demo import Told
+    from secateur.plans import Plan
+    from secateur.pruning import Pruned
+
+
+class Guarded(TyperGroup):
+    """Turns the errors that a user can do something about into one line on standard error and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; with `--debug` the traceback comes first."""
+        try:
+            return super().invoke(ctx)
+        except (SecateurError, OSError) as error:
+            if ctx.find_root().obj == "debug":
+                traceback.print_exc()
+            typer.echo(_one_line(error), err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Guarded,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # an error in the user's own code keeps its plain traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prunes PyTorch models, proves the smaller model right, and measures what that cost and gained.",
+)
+
+
+def _remember_debug(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.find_root().obj = "debug"
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"secateur {version('secateur')}")
+        raise typer.Exit
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="package.module:callable, timm:NAME, torchvision:NAME, or one of our own networks, such as resnet20.",
+    ),
+]
+Shapes = Annotated[
+    list[str],
+    typer.Option(
+        "--input", metavar="SHAPE", help="Shape of an example input of random floats; repeat for more inputs."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of fresh weights, example inputs and the random criterion.")]
+ONE_IMAGE = ["1,3,32,32"]
+
+
+@app.callback()
+def root(
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for records, checkpoints and the report.")] = Path("demo"),
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How often everything is repeated, each time from fresh weights.")
+    ] = 2,
+    debug: Debug = False,
+) -> None:
+    """Prune a small network on handwritten digits by four criteria, fine-tune, measure, and write a report.
+
+    Takes a minute or two. An interrupted run goes on where it stopped when started again.
+    """
+    import torch
+
+    from secateur.demo import grid, run_demo
+    from secateur.report import summarise, terminal_table
+
+    torch.set_num_threads(1)  # the nets are small: more threads only get in each other's way
+    trials = grid(seeds)
+    try:
+        with _progress(len(trials)) as told:
+            outcome = run_demo(out, trials, told)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"Interrupted. Finished trials are kept in {out / 'records.jsonl'}; run the same command again to go on.",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    if not outcome.new:
+        typer.echo(f"All {len(trials)} trials were done before: only the report was written again.", err=True)
+    _show(terminal_table(summarise(outcome.records), "digits_net on handwritten digits, test data"))
+    typer.echo(f"Report: {outcome.report.resolve()}")
+
+
+@app.command()
+def inspect(model: Model, shapes: Shapes = ONE_IMAGE, seed: Seed = 0, debug: Debug = False) -> None:
+    """Show which channels of a model can be removed together, which are locked and why, and what the model costs."""
+    from secateur.coupling.groups import trace
+    from secateur.measuring import count
+    from secateur.naming import example_inputs, named_model
+
+    net, inputs = named_model(model, seed), example_inputs(shapes, seed)
+    graph = trace(net, inputs)
+    _show(_groups_table(graph, model))
+    if graph.unknown:
+        _show("Ops without a rule, around which everything is locked:")
+        for op, times in sorted(graph.unknown.items()):
+            _show(f"  {op}  {times} times")
+    free = graph.prunable
+    channels = sum(group.channels for group in free)
+    _show(f"{len(free)} of {len(graph.groups)} groups can be pruned: {channels:,} channels.")
+    _show(f"{count(net, inputs)}, at input {' and '.join(shapes)}.")
+
+
+@app.command()
+def prune(
+    model: Model,
+    *,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of the channels to remove, in [0, 1).")] = None,
+    max_macs: Annotated[
+        str | None, typer.Option(metavar="LIMIT", help="MACs that may remain: 0.5 for half, or a whole number.")
+    ] = None,
+    max_params: Annotated[
+        str | None, typer.Option(metavar="LIMIT", help="Parameters that may remain: 0.5 for half, or a whole number.")
+    ] = None,
+    criterion: Annotated[str, typer.Option(help="What makes a channel important; see `secateur criteria`.")] = "l2",
+    scope: Annotated[str, typer.Option(help="What competes: 'layer' or 'global'.")] = "global",
+    round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this number.")] = 1,
+    ignore: Annotated[list[str], typer.Option(help="Module name or pattern whose outputs stay; may be repeated.")] = [],  # noqa: B006 - typer copies it
+    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights of the dense model (.safetensors).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to save the pruned model (.safetensors).")] = None,
+    shapes: Shapes = ONE_IMAGE,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Remove channels from a model, verify the smaller one, and save it.
+
+    Give one of --sparsity, --max-macs and --max-params. Criteria that look at data are for the library.
+    """
+    from secateur.artifacts import save
+    from secateur.naming import example_inputs, named_model
+    from secateur.pruning import prune as pruned_by
+    from secateur.targets import Target
+
+    _check_suffix(out)
+    target = Target(
+        sparsity=sparsity, max_macs=_limit(max_macs, "--max-macs"), max_params=_limit(max_params, "--max-params")
+    )
+    net, inputs = named_model(model, seed), example_inputs(shapes, seed)
+    if checkpoint is not None:
+        _load_weights_(net, checkpoint)
+    else:
+        typer.echo("Note: no --checkpoint was given, so the weights are fresh, not trained.", err=True)
+    pruned = pruned_by(
+        net, inputs, criterion=criterion, target=target, scope=scope, round_to=round_to, ignore=ignore, seed=seed
+    )
+    _show(_widths_table(pruned.plan, model))
+    _show_summary(pruned)
+    if out is not None:
+        save(pruned, out)
+        _show(f"Saved to {out}. Load it with secateur.load({str(out)!r}, model).")
+
+
+@app.command()
+def measure(
+    model: Model,
+    *,
+    artifact: Annotated[
+        Path | None, typer.Option(help="A pruned version of the model to measure against it (saved by `prune`).")
+    ] = None,
+    runtime: Annotated[list[str], typer.Option(help="Where to run it; may be repeated.")] = ["eager"],  # noqa: B006
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Time to spend per model and runtime.")] = 1.0,
+    shapes: Shapes = ONE_IMAGE,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Measure how long a model takes, and with --artifact how much faster its pruned version is."""
+    from secateur.artifacts import load
+    from secateur.measuring import count
+    from secateur.measuring import measure as measured
+    from secateur.naming import example_inputs, named_model
+
+    net, inputs = named_model(model, seed), example_inputs(shapes, seed)
+    small = net if artifact is None else load(artifact, net)
+    if artifact is not None:
+        _show(f"dense:  {count(net, inputs)}")
+        _show(f"pruned: {count(small, inputs)}")
+    else:
+        _show(str(count(net, inputs)))
+    baseline = None if artifact is None else net
+    _show(str(measured(small, inputs, runtime, baseline=baseline, threads=threads, seconds=seconds)))
+
+
+@app.command()
+def criteria(debug: Debug = False) -> None:
+    """List the criteria: what each scores, what it needs to see, and where it comes from."""
+    from rich.table import Table
+
+    from secateur.criteria.table import CRITERIA
+
+    table = Table("name", "needs", "importance of a channel", box=_box())
+    for name, function in sorted(CRITERIA.items()):
+        needs = ", ".join(sorted(getattr(function, "needs", ()))) or "weights"
+        table.add_row(name, needs, (function.__doc__ or "").strip().splitlines()[0])
+    _show(table)
+
+
+def main() -> None:
+    """The entry point of the `secateur` command."""
+    app()
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{type(error).__name__}: {error.strerror}{where}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _limit(text: str | None, option: str) -> int | float | None:
+    """A limit as Target takes it: a whole number is absolute, anything with a point a fraction."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"{option} is a fraction such as 0.5 or a whole number such as 20000000; got {text!r}."
+        ) from None
+
+
+def _check_suffix(out: Path | None) -> None:
+    if out is not None and out.suffix != ".safetensors":
+        raise InputError(f"--out is a .safetensors file, the one format that is saved; got {str(out)!r}.")
+
+
+def _load_weights_(net: Any, path: Path) -> None:
+    """Put the tensors of a safetensors file into the model."""
+    from secateur.plans import check_shapes, tensor_shapes
+    from secateur.tensorfiles import read_header, read_tensors
+
+    _, entries = read_header(path)
+    given = {name: entry.shape for name, entry in entries.items()}
+    kept = net.state_dict().keys()
+    wanted = {name: shape for name, shape in tensor_shapes(net).items() if name in kept}
+    check_shapes(given, wanted, f"the checkpoint {path}", "the model")
+    net.load_state_dict(read_tensors(path), strict=False)  # what is missing is tied to something that is there
+
+
+def _groups_table(graph: Graph, title: str) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("group", title=escape(title), title_justify="left", box=_box())
+    table.add_column("channels", justify="right")
+    table.add_column("layers", justify="right")
+    table.add_column("locked because", ratio=1)
+    for group in graph.groups:
+        table.add_row(escape(group.name), f"{group.channels:,}", str(len(group.layers)), escape(group.locked or ""))
+    return table
+
+
+def _widths_table(plan: Plan, title: str) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("layer", title=escape(title), title_justify="left", box=_box())
+    for head in ("before", "after", "kept"):
+        table.add_column(head, justify="right")
+    for row in plan.widths:
+        table.add_row(escape(row.layer), f"{row.before:,}", f"{row.after:,}", f"{row.after / row.before:.0%}")
+    return table
+
+
+def _show_summary(pruned: Pruned) -> None:
+    summary = pruned.summary
+    for name, (before, after) in (("params", summary.params), ("MACs", summary.macs)):
+        _show(f"{name:<9} {before:>14,} -> {after:>14,}  ({after / before:.1%} kept)")
+    _show(f"criterion {summary.criterion}")
+    _show(
+        f"verified: differs from the original with those channels zeroed by {summary.verified_difference:.1e} at most."
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Told]:
+    """A bar on a terminal, plain lines elsewhere; both on standard error."""
+    if not sys.stderr.isatty():
+        yield lambda done, line: typer.echo(f"[{done:>{len(str(total))}}/{total}] {line}", err=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("training the dense model", total=total)
+        yield lambda done, line: bars.update(task, completed=done, description=line)
+
+
+def _show(what: Table | str) -> None:
+    console().print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _box() -> Any:
+    from rich.box import SIMPLE_HEAD
+
+    return SIMPLE_HEAD

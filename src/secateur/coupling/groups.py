@@ -1,0 +1,252 @@
+"""Slot, Group, Graph: what a model's channels hang on. `trace` finds it out from one forward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from secateur.coupling.propagation import Base, propagate
+from secateur.coupling.requirements import Classes, Form, count, solve
+from secateur.coupling.rules import State
+from secateur.coupling.sizes import Attribute
+from secateur.coupling.tape import Tape, record
+from secateur.errors import ExampleInputsError, InputError, SecateurError
+from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating
+from secateur.plans import tensor_shapes
+
+IGNORED = "ignored by the caller"
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The part of one tensor, along one dimension, that belongs to a group."""
+
+    tensor: str
+    dim: int
+    indices: npt.NDArray[np.int64]  # (channels, k): the positions that go with each channel
+    role: str  # output: made by a layer; input: read by one; scale: of a BatchNorm; other: biases, buffers
+    fill: float = 0.0  # what removed entries hold in the zeroed original
+
+    @property
+    def layer(self) -> str:
+        """The module that owns the tensor."""
+        return self.tensor.rpartition(".")[0] or self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels of several tensors that can only be removed together: removing channel i removes row i of every slot."""
+
+    name: str
+    channels: int
+    slots: tuple[Slot, ...]
+    locked: str | None = None  # why nothing of it can go
+
+    @property
+    def outputs(self) -> tuple[Slot, ...]:
+        """The slots whose layers make these channels."""
+        return tuple(slot for slot in self.slots if slot.role == "output")
+
+    @property
+    def weight(self) -> int:
+        """How often a channel counts: once per producing tensor."""
+        return max(1, len({slot.tensor for slot in self.outputs}))
+
+    @property
+    def positions(self) -> int:
+        """The output positions of one layer that one channel takes: more than 1 where channels go in blocks."""
+        slots = self.outputs or self.slots
+        return int(slots[0].indices.shape[1])
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The modules whose outputs these channels are."""
+        return tuple(dict.fromkeys(slot.layer for slot in self.outputs))
+
+
+@dataclass(frozen=True)
+class Product:
+    """A constant times lengths, each a linear form in the groups' kept counts."""
+
+    constant: int
+    lengths: tuple[Form, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What `trace` found: groups, ops without a rule, and parts that must keep equal counts."""
+
+    groups: tuple[Group, ...]
+    unknown: Mapping[str, int]  # ops without a rule; what they touch is locked
+    balances: tuple[tuple[str, ...], ...]  # names of groups that must keep equal counts
+    shapes: Mapping[str, tuple[int, ...]]  # every parameter and buffer
+    producers: tuple[tuple[str, int], ...]  # (tensor, output dim) of every layer, in order of execution
+    attributes: Mapping[Attribute, Form]  # integer attributes that follow the kept counts
+    macs: tuple[Product, ...]
+    params: tuple[Product, ...]
+
+    @property
+    def prunable(self) -> tuple[Group, ...]:
+        """The groups that are not locked."""
+        return tuple(group for group in self.groups if group.locked is None)
+
+    def __repr__(self) -> str:
+        free = self.prunable
+        text = f"Graph({len(free)} groups with {sum(g.channels for g in free):,} channels, "
+        text += f"{len(self.groups) - len(free)} locked"
+        if self.unknown:
+            text += f", ops without a rule: {', '.join(f'{op} x{n}' for op, n in self.unknown.items())}"
+        return text + ")"
+
+    def table(self) -> str:
+        """One line per group: channels, layers, and why it is locked."""
+        wide = max([len(group.name) for group in self.groups], default=5)
+        lines = [f"{'group':<{wide}}  channels  layers  locked"]
+        for group in self.groups:
+            lines.append(
+                f"{group.name:<{wide}}  {group.channels:>8}  {len(group.layers):>6}  {group.locked or ''}".rstrip()
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.table()}"
+
+
+def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str | nn.Module] = ()) -> Graph:
+    """Find the groups of `model` by running a copy of it once on `example_inputs`, in eval mode, without gradients.
+
+    `ignore`: modules, names or patterns ("head", "layer4.*"): their outputs are locked, their inputs may shrink.
+
+    Raises ModelError for a model that must be unwrapped first, ExampleInputsError where inputs and model do not fit.
+    """
+    check_model(model)
+    inputs = as_inputs(example_inputs)
+    check_devices(model, inputs)
+    ignored = _ignored_modules(model, ignore)
+    private = copy.deepcopy(model)
+    with evaluating(private):
+        tape = _record(private, inputs)
+    state, base, unknown = propagate(tape)
+    for (tensor, dim), role in state.roles.items():
+        if role == "output" and tensor.rpartition(".")[0] in ignored and (tensor, dim) in base:
+            state.algebra.atoms.lock(base[tensor, dim], IGNORED)
+    solution = solve(state, base)
+    return _assemble(model, state, base, solution.classes, solution.attributes, solution.balances, unknown)
+
+
+def _record(model: nn.Module, inputs: Inputs) -> Tape:
+    try:
+        return record(model, inputs)
+    except SecateurError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in inputs.tensors())
+        raise ExampleInputsError(
+            f"the model's forward raised {type(error).__name__} on the example inputs ({given}): {error}"
+        ) from error
+
+
+def _ignored_modules(model: nn.Module, ignore: Iterable[str | nn.Module]) -> set[str]:
+    """The names of the ignored modules and everything inside them."""
+    names = dict(model.named_modules())
+    found: set[str] = set()
+    entries = [ignore] if isinstance(ignore, (str, nn.Module)) else list(ignore)
+    for entry in entries:
+        if isinstance(entry, str):
+            roots = [name for name in names if fnmatchcase(name, entry)]
+        else:
+            roots = [name for name, module in names.items() if module is entry]
+        if not roots:
+            raise InputError(f"ignore={entry!r} matches no module of the model.")
+        found.update(name for name in names for root in roots if name == root or name.startswith(f"{root}."))
+    return found
+
+
+def _assemble(
+    model: nn.Module,
+    state: State,
+    base: Base,
+    classes: Classes,
+    attributes: Mapping[Attribute, Form],
+    balances: Iterable[tuple[int, ...]],
+    unknown: Counter[str],
+) -> Graph:
+    slots = _slots(state, base, classes)
+    order: dict[str, int] = {}
+    for tensor, _ in state.roles:
+        order.setdefault(tensor, len(order))
+    listed = [number for number in range(len(classes.members)) if _is_listed(slots[number], classes.locked[number])]
+    listed.sort(key=lambda number: min(order.get(slot.tensor, len(order)) for slot in slots[number]))
+    position = {number: rank for rank, number in enumerate(listed)}
+    names = _names([slots[number] for number in listed])
+    groups = tuple(
+        Group(names[rank], len(classes.members[number]), slots[number], classes.locked[number])
+        for rank, number in enumerate(listed)
+    )
+
+    def renumbered(form: Form) -> Form:
+        return Form(form.constant, {position[group]: c for group, c in form.terms.items()})
+
+    def product(constant: int, lengths: Iterable[tuple[Any, int]]) -> Product:
+        forms = [renumbered(count(state, classes, ids, size)) for ids, size in lengths]
+        return Product(constant, tuple(forms))
+
+    shapes = tensor_shapes(model)
+    parameters = [name for name, _ in model.named_parameters()]
+    return Graph(
+        groups=groups,
+        unknown=dict(unknown),
+        balances=tuple(tuple(names[position[number]] for number in sorted(part)) for part in balances),
+        shapes=shapes,
+        producers=tuple((tensor, dim) for (tensor, dim), role in state.roles.items() if role == "output"),
+        attributes={attribute: renumbered(form) for attribute, form in attributes.items()},
+        macs=tuple(product(work.constant, [(ids, len(ids)) for ids in work.lengths]) for work in state.work),
+        params=tuple(
+            product(1, [(base.get((name, dim)), size) for dim, size in enumerate(shapes[name])]) for name in parameters
+        ),
+    )
+
+
+def _slots(state: State, base: Base, classes: Classes) -> list[tuple[Slot, ...]]:
+    """Per class its slots; row i of every slot belongs to the same root."""
+    found: list[list[Slot]] = [[] for _ in classes.members]
+    of_root = np.full(int(max([members.max() for members in classes.members], default=0)) + 1, -1, np.int64)
+    row = np.zeros_like(of_root)
+    for number, members in enumerate(classes.members):
+        of_root[members] = number
+        row[members] = np.arange(len(members))
+    for (tensor, dim), ids in base.items():
+        roots = state.algebra.atoms.find(ids)
+        inside = roots < len(of_root)
+        classes_here = np.where(inside, of_root[np.where(inside, roots, 0)], -1)
+        for number in np.unique(classes_here[classes_here >= 0]):
+            positions = np.flatnonzero(classes_here == number)
+            positions = positions[np.argsort(row[roots[positions]], kind="stable")]
+            indices = positions.reshape(len(classes.members[number]), -1)
+            role = state.roles.get((tensor, dim), "other")
+            found[number].append(Slot(tensor, dim, indices, role, state.fills.get(tensor, 0.0)))
+    return [tuple(slots) for slots in found]
+
+
+def _is_listed(slots: tuple[Slot, ...], locked: str | None) -> bool:
+    """Locked dimensions that no layer produces (a network's input channels) are nobody's question."""
+    return bool(slots) and (locked is None or any(slot.role == "output" for slot in slots))
+
+
+def _names(slots: list[tuple[Slot, ...]]) -> list[str]:
+    """The first producing layer's name; a number is added where a layer's channels fall into several groups."""
+    names: list[str] = []
+    seen: Counter[str] = Counter()
+    for group in slots:
+        first = next((slot for slot in group if slot.role == "output"), group[0])
+        seen[first.layer] += 1
+        names.append(first.layer if seen[first.layer] == 1 else f"{first.layer}#{seen[first.layer]}")
+    return names

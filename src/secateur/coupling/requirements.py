@@ -1,0 +1,324 @@
+"""Sizes in the user's code, solved: which attributes follow, which groups must keep equal counts, which are locked.
+
+Every count of live positions is a linear form in the groups' kept counts, since all channels of a group appear equally
+often in every counted dimension (that is part of what makes a group). A requirement "this number equals that count" is
+then an equation between forms. Where it holds identically, nothing is to do. Where it misses by a multiple of (a - b),
+a and b are *balanced*. Where a lone attribute is unknown, it is solved for. Anything else locks the groups involved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from secateur.coupling.labels import SILENT, Ids, Labels
+from secateur.coupling.propagation import Base
+from secateur.coupling.rules import Extent, Requirement, State
+from secateur.coupling.sizes import Arithmetic, Attribute, Expression, Size, mentioned
+
+
+@dataclass(frozen=True)
+class Form:
+    """constant + sum of coefficient x (channels kept in a group)."""
+
+    constant: Fraction = Fraction(0)
+    terms: Mapping[int, Fraction] = field(default_factory=dict)
+
+    def __add__(self, other: Form) -> Form:
+        terms = dict(self.terms)
+        for group, coefficient in other.terms.items():
+            terms[group] = terms.get(group, Fraction(0)) + coefficient
+        return Form(self.constant + other.constant, {group: c for group, c in terms.items() if c})
+
+    def __mul__(self, factor: Fraction) -> Form:
+        return Form(self.constant * factor, {group: c * factor for group, c in self.terms.items() if c * factor})
+
+    def __sub__(self, other: Form) -> Form:
+        return self + other * Fraction(-1)
+
+    def renamed(self, leader: Mapping[int, int]) -> Form:
+        """The same form with every group replaced by the leader of its balance."""
+        total = Form(self.constant)
+        for group, coefficient in self.terms.items():
+            total = total + Form(terms={leader.get(group, group): coefficient})
+        return total
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it depends on no group."""
+        return not self.terms
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a whole number whatever is kept."""
+        return all(c.denominator == 1 for c in (self.constant, *self.terms.values()))
+
+    def at(self, kept: Sequence[int]) -> int:
+        """Its value for the given kept counts, one per group."""
+        value = self.constant + sum(c * kept[group] for group, c in self.terms.items())
+        return int(value)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is 0 whatever is kept."""
+        return not self.terms and not self.constant
+
+
+@dataclass
+class Classes:
+    """Atoms sorted into groups: atoms that touch the same dimensions equally often."""
+
+    members: list[Ids]  # per group: its roots
+    of_root: npt.NDArray[np.int64]  # root -> group, -1 for locked and unlisted ones
+    locked: list[str | None]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the requirements say."""
+
+    classes: Classes
+    attributes: dict[Attribute, Form]
+    balances: list[tuple[int, ...]]
+
+
+def solve(state: State, base: Base) -> Solution:
+    """Sort atoms into groups and satisfy every requirement, locking what cannot be satisfied."""
+    requirements = [r for r in dict.fromkeys(state.requirements) if _may_vary(state, r)]
+    extents = _extents(state, requirements)
+    while True:
+        classes = classify(state, base, extents)
+        outcome = _satisfy(state, classes, requirements)
+        if isinstance(outcome, Solution):
+            return outcome
+        for group, why in outcome.items():
+            state.algebra.atoms.lock(classes.members[group], why)
+
+
+def count(state: State, classes: Classes, ids: Ids | None, size: int) -> Form:
+    """The live positions among `ids` (None: all `size` of them are fixed)."""
+    if ids is None:
+        return Form(Fraction(size))
+    groups = classes.of_root[state.algebra.atoms.find(ids)]
+    total = Form(Fraction(int((groups < 0).sum())))
+    for group, number in zip(*np.unique(groups[groups >= 0], return_counts=True), strict=True):
+        share = Fraction(int(number), len(classes.members[int(group)]))
+        total = total + Form(terms={int(group): share})
+    return total
+
+
+def classify(state: State, base: Base, extents: Iterable[Ids]) -> Classes:
+    """Group the leaves' atoms by signature: how often each leaf dimension, and each counted extent, holds them."""
+    atoms = state.algebra.atoms
+    columns = [atoms.find(ids) for ids in [*base.values(), *extents]]
+    roots = np.concatenate([*columns, np.zeros(0, np.int64)])
+    column = np.concatenate([np.full(len(c), number) for number, c in enumerate(columns)] + [np.zeros(0, np.int64)])
+    order = np.lexsort((column, roots))
+    roots, column = roots[order], column[order]
+    starts = np.flatnonzero(np.diff(roots, prepend=-1))
+    signatures: dict[tuple[bytes, str | None], list[int]] = {}
+    for start, stop in zip(starts, [*starts[1:], len(roots)], strict=True):
+        root = int(roots[start])
+        reason = atoms.reason(root)
+        if root and reason != SILENT:
+            signatures.setdefault((column[start:stop].tobytes(), reason), []).append(root)
+    members = [np.array(group) for group in signatures.values()]
+    locked = [reason for _, reason in signatures]
+    of_root = np.full(int(roots.max(initial=0)) + 1, -1, np.int64)
+    for number, group in enumerate(members):
+        if locked[number] is None:
+            of_root[group] = number
+    return Classes(members, of_root, locked)
+
+
+def extent_ids(state: State, extent: Extent) -> Ids | None:
+    """The atoms that an extent counts; None where the dimension is fixed."""
+    labels: Labels = state.labels[extent.value]
+    along = [factor for factor in labels.factors if factor.spans(extent.dim)]
+    if not along:
+        return None
+    if len(along) > 1:
+        for factor in along:
+            state.algebra.atoms.lock(factor.ids, "several channels decide over one position of a sized dimension")
+    return along[0].ids.reshape(-1)[: extent.stop]  # after the propagation a factor spans one dimension
+
+
+def _extent_of(state: State, size: Size) -> Extent:
+    return Extent(size.value, size.dim, state.labels[size.value].shape[size.dim])
+
+
+def _extents(state: State, requirements: Iterable[Requirement]) -> list[Ids]:
+    found: dict[Extent, None] = {}
+    for requirement in requirements:
+        if isinstance(requirement.extent, Extent):
+            found[requirement.extent] = None
+        for leaf in mentioned(requirement.expression):
+            if isinstance(leaf, Size):
+                found[_extent_of(state, leaf)] = None
+    ids = [extent_ids(state, extent) for extent in found]
+    return [entry for entry in ids if entry is not None]
+
+
+def _may_vary(state: State, requirement: Requirement) -> bool:
+    """Whether anything in the requirement can change at all."""
+    leaves = mentioned(requirement.expression)
+    extents = [_extent_of(state, leaf) for leaf in leaves if isinstance(leaf, Size)]
+    if isinstance(requirement.extent, Extent):
+        extents.append(requirement.extent)
+    if any(isinstance(leaf, Attribute) for leaf in leaves):
+        return True
+    return any(state.labels[extent.value].covered(extent.dim) for extent in extents)
+
+
+def _satisfy(state: State, classes: Classes, requirements: list[Requirement]) -> Solution | dict[int, str]:
+    """All requirements met, or the groups to lock, with the reasons."""
+    scope = Scope(state, classes, {}, {})
+    settled = False
+    while not settled:
+        settled = True
+        for requirement in requirements:
+            target = scope.target(requirement)
+            value = scope.evaluate(requirement.expression)
+            if value is not None and (value - target).is_zero:
+                continue
+            solved = scope.solve_for(requirement.expression, target)
+            pair = None if value is None else _balance(classes, value - target)
+            if solved is not None:
+                scope.attributes[solved[0]] = solved[1]
+            elif pair is not None:
+                _merge(scope.leader, *pair)
+            else:
+                return scope.blame(requirement)
+            settled = False
+    for requirement in requirements:
+        if scope.evaluate(requirement.expression, exactly=True) is None:
+            return scope.blame(requirement)
+    varying = {attribute: form for attribute, form in scope.attributes.items() if form.terms}
+    return Solution(classes, varying, _balances(scope.leader))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is known while requirements are being satisfied."""
+
+    state: State
+    classes: Classes
+    attributes: dict[Attribute, Form]  # solved so far
+    leader: dict[int, int]  # group -> the first group of its balance
+
+    def size(self, extent: Extent) -> Form:
+        """The live positions of an extent."""
+        ids = extent_ids(self.state, extent)
+        return count(self.state, self.classes, ids, extent.stop).renamed(self.leader)
+
+    def target(self, requirement: Requirement) -> Form:
+        """What the expression of a requirement must come to."""
+        extent = requirement.extent
+        return Form(Fraction(extent)) if isinstance(extent, int) else self.size(extent)
+
+    def evaluate(self, expression: Expression, *, exactly: bool = False) -> Form | None:
+        """The expression as a form, None where it is none. An attribute nobody solved for keeps its value.
+
+        `exactly` also refuses a floor division that may leave a rest.
+        """
+        if isinstance(expression, int):
+            return Form(Fraction(expression))
+        if isinstance(expression, Attribute):
+            return self.attributes.get(expression, Form(Fraction(expression.value))).renamed(self.leader)
+        if isinstance(expression, Size):
+            return self.size(_extent_of(self.state, expression))
+        left = self.evaluate(expression.left, exactly=exactly)
+        right = self.evaluate(expression.right, exactly=exactly)
+        if left is None or right is None:
+            return None
+        result = _compute(expression.operation, left, right)
+        return None if result is None or (exactly and not result.is_whole) else result
+
+    def solve_for(self, expression: Expression, target: Form) -> tuple[Attribute, Form] | None:
+        """The one attribute in the expression that is still open, and the form that meets the target."""
+        if isinstance(expression, Attribute):
+            return None if expression in self.attributes or not target.is_whole else (expression, target)
+        if not isinstance(expression, Arithmetic):
+            return None
+        for unknown, known, is_left in (
+            (expression.left, expression.right, True),
+            (expression.right, expression.left, False),
+        ):
+            other = self.evaluate(known)
+            if other is None or not other.is_constant or not any(isinstance(x, Attribute) for x in mentioned(unknown)):
+                continue
+            inverse = _invert(expression.operation, target, other.constant, is_left)
+            if inverse is not None:
+                return self.solve_for(unknown, inverse)
+        return None
+
+    def blame(self, requirement: Requirement) -> dict[int, str]:
+        """The groups that make a requirement fail, with the reason to lock them for."""
+        target, value = self.target(requirement), self.evaluate(requirement.expression)
+        involved = set(target.terms) if value is None else set((value - target).terms)
+        if not involved:
+            sizes = [leaf for leaf in mentioned(requirement.expression) if isinstance(leaf, Size)]
+            involved = {group for size in sizes for group in self.size(_extent_of(self.state, size)).terms}
+        followers = {group for group, first in self.leader.items() if first in involved}
+        unlocked = {group for group, reason in enumerate(self.classes.locked) if reason is None}
+        return dict.fromkeys(involved | followers or unlocked, _why(requirement))
+
+
+def _compute(operation: str, left: Form, right: Form) -> Form | None:
+    if operation == "add":
+        return left + right
+    if operation == "sub":
+        return left - right
+    if operation == "mul":
+        if left.is_constant or right.is_constant:
+            return right * left.constant if left.is_constant else left * right.constant
+        return None
+    if not right.is_constant or not right.constant:
+        return None
+    if left.is_constant:
+        return Form(Fraction(left.constant // right.constant))
+    # a rest is refused at the end: until then a balance may still make the fractions whole
+    return left * (1 / right.constant)
+
+
+def _invert(operation: str, target: Form, known: Fraction, unknown_is_left: bool) -> Form | None:
+    if operation == "add":
+        return target - Form(known)
+    if operation == "sub":
+        return target + Form(known) if unknown_is_left else Form(known) - target
+    if operation == "mul":
+        return target * (1 / known) if known else None
+    return target * known if unknown_is_left else None
+
+
+def _balance(classes: Classes, difference: Form) -> tuple[int, int] | None:
+    """The two groups whose equal counts make the difference vanish."""
+    if difference.constant or len(difference.terms) != 2:
+        return None
+    (a, x), (b, y) = difference.terms.items()
+    return (a, b) if x == -y and len(classes.members[a]) == len(classes.members[b]) else None
+
+
+def _merge(leader: dict[int, int], a: int, b: int) -> None:
+    low, high = min(a, b), max(a, b)
+    for group, first in list(leader.items()):
+        if first == high:
+            leader[group] = low
+    leader[high] = low
+
+
+def _balances(leader: Mapping[int, int]) -> list[tuple[int, ...]]:
+    sets: dict[int, list[int]] = {}
+    for group, first in leader.items():
+        sets.setdefault(first, [first]).append(group)
+    return [tuple(sorted(members)) for members in sets.values()]
+
+
+def _why(requirement: Requirement) -> str:
+    if isinstance(requirement.expression, int):
+        return f"{requirement.place}: the code says {requirement.expression}, a number that cannot follow"
+    return f"{requirement.place}: a size there cannot follow"

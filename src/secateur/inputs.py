@@ -1,0 +1,132 @@
+"""What a user hands over: example inputs in their four forms, and a model that must be a plain nn.Module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from secateur.errors import ExampleInputsError, ModelError
+
+_UNWRAP = {
+    "DistributedDataParallel": "a DistributedDataParallel wrapper: pass `model.module`.",
+    "DataParallel": "a DataParallel wrapper: pass `model.module`.",
+    "FullyShardedDataParallel": "an FSDP wrapper: gather the full parameters and pass the module that was wrapped.",
+    "OptimizedModule": "the result of torch.compile: pass `model._orig_mod`, and compile the pruned model afterwards.",
+    "GraphModule": "a torch.fx graph: pass the module it was traced from; its sizes are constants.",
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positional and keyword arguments of one call of the model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, however nested."""
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    def map(self, function: Any) -> Inputs:
+        """The same inputs with `function` applied to every tensor."""
+        args, kwargs = tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs)
+
+    def call(self, model: nn.Module) -> Any:
+        """`model` called with these inputs."""
+        return model(*self.args, **self.kwargs)
+
+
+def as_inputs(example_inputs: Any) -> Inputs:
+    """Example inputs in any accepted form: a tensor, a tuple (positional), a Mapping (keywords), or Inputs.
+
+    Raises ExampleInputsError when there is no tensor in them, or a tensor is empty.
+    """
+    if isinstance(example_inputs, Inputs):
+        inputs = example_inputs
+    elif isinstance(example_inputs, Tensor):
+        inputs = Inputs((example_inputs,))
+    elif isinstance(example_inputs, Mapping):
+        inputs = Inputs(kwargs=dict(example_inputs))
+    elif isinstance(example_inputs, tuple):
+        inputs = Inputs(example_inputs)
+    else:
+        raise ExampleInputsError(
+            f"example inputs must be a tensor, a tuple (positional arguments), a mapping (keyword arguments) or "
+            f"secateur.Inputs; got {type(example_inputs).__name__}."
+        )
+    tensors = inputs.tensors()
+    if not tensors:
+        raise ExampleInputsError("the example inputs hold no tensor; pass one batch that the model can run on.")
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            raise ExampleInputsError(
+                f"an example input is empty: shape {list(tensor.shape)}; pass a batch of at least 1."
+            )
+    return inputs
+
+
+def check_model(model: Any) -> None:
+    """Raise ModelError, saying how to unwrap it, unless `model` is a plain nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    for name, module in model.named_modules():
+        where = f"submodule {name!r} is" if name else "the model is"
+        kind = type(module).__name__
+        if kind in _UNWRAP and type(module).__module__.startswith("torch."):
+            raise ModelError(f"{where} {_UNWRAP[kind]}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{where} scripted: prune the Python module first, then script the result.")
+        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
+            raise ModelError(f"{where} quantised ({kind}): prune the float model first, then quantise the result.")
+
+
+def check_devices(model: nn.Module, inputs: Inputs) -> None:
+    """Raise ExampleInputsError when inputs and parameters lie on different devices."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        return  # a model spread over devices moves its inputs itself
+    device = next(iter(devices))
+    for tensor in inputs.tensors():
+        if tensor.device != device:
+            raise ExampleInputsError(
+                f"the example inputs are on {tensor.device}, the model is on {device}: "
+                f"move them with `.to({str(device)!r})`."
+            )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode; on leaving, every submodule gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def other_batch(inputs: Inputs) -> Inputs | None:
+    """The inputs at batch size + 1, or None where they share no batch dimension.
+
+    The new element is the first plus half of the last, mirrored, so that it is no copy; integers are repeated.
+    """
+    tensors = inputs.tensors()
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    if len(sizes) != 1 or 0 in sizes:
+        return None
+
+    def grow(tensor: Tensor) -> Tensor:
+        extra = tensor[:1]
+        if tensor.is_floating_point():
+            extra = (tensor[:1] + 0.5 * tensor[-1:].flip(-1)) if tensor.dim() > 1 else extra
+        return torch.cat([tensor, extra])
+
+    return inputs.map(grow)

@@ -1,0 +1,239 @@
+"""Plan: which positions of which tensors stay. The value that every later step exchanges.
+
+A plan needs neither the graph nor the inputs it came from: it names tensors, dimensions and kept positions, the
+attributes that change with them, and the shapes of the model it fits. It prints itself, and round-trips through JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from secateur.errors import PlanMismatchError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The positions kept along one dimension of one tensor."""
+
+    tensor: str
+    dim: int
+    size: int  # length of the dimension before the cut
+    kept: tuple[int, ...]  # ascending positions in [0, size)
+    fill: float = 0.0  # what the removed positions hold in the zeroed original: 1 for a running variance, else 0
+
+    def __post_init__(self) -> None:
+        if not self.kept or any(b <= a for a, b in zip(self.kept, self.kept[1:], strict=False)):
+            raise PlanMismatchError(f"{self.tensor} dim {self.dim}: kept positions must be ascending and not empty.")
+        if self.kept[0] < 0 or self.kept[-1] >= self.size:
+            raise PlanMismatchError(f"{self.tensor} dim {self.dim}: kept positions must lie in [0, {self.size}).")
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The positions that go, ascending."""
+        return tuple(np.setdiff1d(np.arange(self.size), np.array(self.kept, dtype=np.int64)).tolist())
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The new value of an integer attribute (or of one entry of a tuple attribute) of a module."""
+
+    module: str
+    attribute: str
+    index: int | None
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Width:
+    """One row of the per-layer table: the output width of a layer, before and after."""
+
+    layer: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to remove from a model of the given shapes. Make one with `select`, apply it with `shrink`."""
+
+    cuts: tuple[Cut, ...]
+    edits: tuple[Edit, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # every parameter and buffer of the model it fits
+    widths: tuple[Width, ...] = ()  # per layer, for reading
+    channels: tuple[int, int] = (0, 0)  # channels of unlocked groups, each once per producing tensor: before, after
+    macs: tuple[int, int] = (0, 0)  # multiply-accumulates of one forward pass on the example inputs: before, after
+    params: tuple[int, int] = (0, 0)  # before, after
+    groups: int = 0  # groups that lose channels
+    replacements: Mapping[str, str] = field(default_factory=dict)  # submodule -> form that replaces it
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is removed."""
+        return not self.cuts
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise PlanMismatchError naming the first tensor of `shapes` that is not what this plan was made for."""
+        check_shapes(shapes, self.shapes, "the model", "the plan")
+
+    def shapes_after(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the shrunk model."""
+        after = {name: list(shape) for name, shape in self.shapes.items()}
+        for cut in self.cuts:
+            after[cut.tensor][cut.dim] = len(cut.kept)
+        return {name: tuple(shape) for name, shape in after.items()}
+
+    def then(self, later: Plan) -> Plan:
+        """The one plan that equals applying this plan and then `later`, which was made for the shrunk model."""
+        later.check(self.shapes_after())
+        first = {(cut.tensor, cut.dim): cut for cut in self.cuts}
+        cuts = dict(first)
+        for cut in later.cuts:
+            key = cut.tensor, cut.dim
+            if key in first:
+                kept = np.array(first[key].kept)[list(cut.kept)]
+                cuts[key] = Cut(cut.tensor, cut.dim, first[key].size, tuple(kept.tolist()), cut.fill)
+            else:
+                cuts[key] = cut
+        edits = {(e.module, e.attribute, e.index): e for e in self.edits}
+        for edit in later.edits:
+            attribute = edit.module, edit.attribute, edit.index
+            before = edits[attribute].before if attribute in edits else edit.before
+            edits[attribute] = Edit(*attribute, before, edit.after)
+        widths = {row.layer: row for row in self.widths}
+        for row in later.widths:
+            widths[row.layer] = Width(
+                row.layer, widths[row.layer].before if row.layer in widths else row.before, row.after
+            )
+        return Plan(
+            cuts=tuple(cuts.values()),
+            edits=tuple(edits.values()),
+            shapes=self.shapes,
+            widths=tuple(widths.values()),
+            channels=(self.channels[0], self.channels[0] - self.removed_channels - later.removed_channels),
+            macs=(self.macs[0], later.macs[1]),
+            params=(self.params[0], later.params[1]),
+            groups=max(self.groups, later.groups),
+            replacements={**self.replacements, **later.replacements},
+        )
+
+    @property
+    def removed_channels(self) -> int:
+        """Channels of unlocked groups that go."""
+        return self.channels[0] - self.channels[1]
+
+    def to_json(self) -> str:
+        """One line of JSON; `Plan.from_json` gives back an equal plan."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan written by `to_json`. Raises PlanMismatchError where the text is no plan, or contradicts itself."""
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            if raw.pop("format") != FORMAT:
+                raise PlanMismatchError(f"a plan of another format than {FORMAT}: made by another version.")
+            shapes = {str(name): tuple(map(_index, shape)) for name, shape in raw.pop("shapes").items()}
+            plan = cls(
+                cuts=tuple(
+                    Cut(
+                        str(c["tensor"]),
+                        _index(c["dim"]),
+                        _index(c["size"]),
+                        tuple(map(_index, c["kept"])),
+                        float(c["fill"]),
+                    )
+                    for c in raw.pop("cuts")
+                ),
+                edits=tuple(
+                    Edit(
+                        str(e["module"]),
+                        str(e["attribute"]),
+                        None if e["index"] is None else _index(e["index"]),
+                        _index(e["before"]),
+                        _index(e["after"]),
+                    )
+                    for e in raw.pop("edits")
+                ),
+                shapes=shapes,
+                widths=tuple(
+                    Width(str(w["layer"]), _index(w["before"]), _index(w["after"])) for w in raw.pop("widths")
+                ),
+                channels=_pair(raw.pop("channels")),
+                macs=_pair(raw.pop("macs")),
+                params=_pair(raw.pop("params")),
+                groups=_index(raw.pop("groups")),
+                replacements={str(k): str(v) for k, v in raw.pop("replacements").items()},
+            )
+        except PlanMismatchError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanMismatchError(f"not a plan: {type(error).__name__}: {error}") from error
+        for cut in plan.cuts:
+            shape = shapes.get(cut.tensor)
+            if shape is None or not 0 <= cut.dim < len(shape) or shape[cut.dim] != cut.size:
+                raise PlanMismatchError(f"the plan contradicts itself about {cut.tensor} dim {cut.dim}: shape {shape}.")
+        return plan
+
+    def __repr__(self) -> str:
+        macs, params = (f"{human(before)} -> {human(after)}" for before, after in (self.macs, self.params))
+        removed = f"removes {self.removed_channels:,} of {self.channels[0]:,} channels"
+        return f"Plan({self.groups} groups, {removed}, MACs {macs}, params {params})"
+
+    def table(self) -> str:
+        """The per-layer table: one line per layer, width before -> after."""
+        wide = max([len(row.layer) for row in self.widths], default=5)
+        lines = [f"{'layer':<{wide}}  before   after  kept"]
+        for row in self.widths:
+            lines.append(f"{row.layer:<{wide}}  {row.before:>6}  {row.after:>6}  {row.after / row.before:>4.0%}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.table()}"
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter and buffer; a tied tensor appears once, under its first name."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def check_shapes(
+    actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], this: str, that: str
+) -> None:
+    """Raise PlanMismatchError about the first tensor in which `actual` differs from `expected`."""
+    for name, shape in expected.items():
+        if name not in actual:
+            raise PlanMismatchError(f"{this} has no tensor {name!r}, which {that} expects with shape {list(shape)}.")
+        if tuple(actual[name]) != tuple(shape):
+            raise PlanMismatchError(f"{name!r} has shape {list(actual[name])} in {this}, {list(shape)} in {that}.")
+    for name in actual:
+        if name not in expected:
+            raise PlanMismatchError(f"{this} has a tensor {name!r} that {that} does not know.")
+
+
+def human(count: float) -> str:
+    """A count with its SI prefix: 1.81 G."""
+    for limit, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= limit:
+            return f"{count / limit:.2f}{prefix}"
+    return f"{count:.0f}"
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return value
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    before, after = value
+    return _index(before), _index(after)

@@ -1,0 +1,52 @@
+"""Recovery without gradients. In this version: BatchNorm statistics, measured anew on the shrunk model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.batches import Forward, default_forward, move
+from secateur.errors import DataError, InputError
+from secateur.inputs import check_model
+
+
+def repair(small: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, batches: int = 100) -> nn.Module:
+    """A copy of `small` whose BatchNorm statistics are the exact averages over up to `batches` batches of `data`.
+
+    Removing channels shifts what later layers see; their old statistics no longer fit (EagleEye, arXiv 2007.02491).
+    Pass training data, augmented as in training. Only BatchNorm runs in training mode; no gradient is computed. A model
+    without BatchNorm comes back as an equal copy. Raises DataError for data without a batch.
+    """
+    check_model(small)
+    if batches < 1:
+        raise InputError(f"batches is how many batches to average over, at least 1; got {batches}.")
+    repaired = copy.deepcopy(small)
+    norms = [m for m in repaired.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return repaired
+    modes = [(module, module.training) for module in repaired.modules()]
+    momenta = [norm.momentum for norm in norms]
+    repaired.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    run = forward or default_forward
+    device = next(repaired.parameters()).device
+    seen = 0
+    with torch.no_grad():
+        for batch in islice(data, batches):
+            run(repaired, move(batch, device))
+            seen += 1
+    if seen == 0:
+        raise DataError("the data holds no batch; an exhausted generator? Pass something that can be iterated.")
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, mode in modes:
+        module.training = mode
+    return repaired

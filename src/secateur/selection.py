@@ -1,0 +1,290 @@
+"""Scores + target + scope -> Plan: which channels go.
+
+Removal is one sequence of steps. A step takes the lowest-scored channels that a group can lose at once (one, or enough
+to stay at a multiple of `round_to`; in balanced groups, equally many of each). The scope only orders the steps: by how
+much of the group is gone (`layer`, so that all layers shrink evenly), or by score (`global`). The target only says
+where to stop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, float64
+
+from secateur.coupling.groups import Graph, Group
+from secateur.criteria.table import check_scores
+from secateur.errors import InputError, NothingToPruneError, TargetError, UnknownNameError
+from secateur.plans import Cut, Edit, Plan, Width, human
+from secateur.targets import Cost, Target, macs_of, params_of
+
+SCOPES = ("global", "layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A group, or balanced groups that lose equally many channels each."""
+
+    groups: tuple[int, ...]
+    orders: tuple[npt.NDArray[np.int64], ...]  # per group: channels in the order in which they go
+    scores: npt.NDArray[np.float64]  # of the j-th channel to go, ascending
+    original: int  # channels per group in the model that the target is about
+    sizes: tuple[int, ...]  # channels per group that each successive step removes
+    weight: int  # how often one channel of every group counts
+
+    @property
+    def channels(self) -> int:
+        """Channels per group now."""
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next channels of a block to go: `upto` of each of its groups are gone after it."""
+
+    block: int
+    upto: int
+    size: int
+    key: float
+
+
+def select(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    target: Target,
+    *,
+    scope: str = "global",
+    round_to: int = 1,
+    keep_at_least: int = 1,
+    normalise: bool = True,
+    original: Mapping[str, int] | None = None,
+) -> Plan:
+    """Choose the channels to remove; see `Target` for how far.
+
+    `scores`: per group name (channels,), higher means keep. `scope`: `global`, all channels compete, their scores first
+    divided by their group's mean unless `normalise` is False (DepGraph, arXiv 2301.12900); `layer`, every group loses
+    the same fraction, rounded down. `round_to`: widths that shrink end at a multiple of it. `keep_at_least`: channels
+    every group keeps. `original`: channels per group of the dense model, where `graph` is of an already shrunk one.
+
+    Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
+    not fit, NothingToPruneError when every group is locked.
+    """
+    _check_options(graph, scope, round_to, keep_at_least)
+    check_scores(graph, scores)
+    blocks = _blocks(graph, scores, round_to, keep_at_least, normalise and scope == "global", original or {})
+    steps = _ordered_steps(blocks, scope)
+    macs, params = macs_of(graph), params_of(graph)
+    if isinstance(target.sparsity, Mapping):
+        gone = _until_patterns(graph, blocks, target.sparsity)
+    elif target.sparsity is not None:
+        gone = _until_sparsity(blocks, steps, target.sparsity, scope)
+    else:
+        dense = [group.channels for group in graph.groups]
+        goal = target.absolute(macs(dense), params(dense))
+        gone = _until_budget(graph, blocks, steps, goal, {"max_macs": macs, "max_params": params})
+    kept = [np.arange(group.channels) for group in graph.groups]
+    for block, count in zip(blocks, gone, strict=True):
+        for group, order in zip(block.groups, block.orders, strict=True):
+            kept[group] = np.sort(order[count:])
+    return make_plan(graph, kept, macs, params)
+
+
+def _check_options(graph: Graph, scope: str, round_to: int, keep_at_least: int) -> None:
+    if scope not in SCOPES:
+        raise UnknownNameError("scope", scope, SCOPES)
+    for name, value in (("round_to", round_to), ("keep_at_least", keep_at_least)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} is a whole number of channels, at least 1; got {value!r}.")
+    if not graph.prunable:
+        reasons = "; ".join(f"{group.name}: {group.locked}" for group in graph.groups) or "no layer has channels"
+        raise NothingToPruneError(f"nothing can be pruned in this model. {reasons}.")
+
+
+def _blocks(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    round_to: int,
+    keep_at_least: int,
+    normalise: bool,
+    original: Mapping[str, int],
+) -> list[Block]:
+    numbers = {group.name: number for number, group in enumerate(graph.groups)}
+    balanced = {name: part for part in graph.balances for name in part}
+    blocks = []
+    for group in graph.prunable:
+        names = balanced.get(group.name, (group.name,))
+        if group.name != names[0]:
+            continue
+        members = tuple(numbers[name] for name in names)
+        values = [scores[name].detach().cpu().to(float64).numpy() for name in names]
+        orders = tuple(np.argsort(value, kind="stable") for value in values)
+        if normalise:
+            values = [value / max(abs(value.mean()), np.finfo(np.float64).tiny) for value in values]
+        ranked = [value[order] for value, order in zip(values, orders, strict=True)]
+        blocks.append(
+            Block(
+                groups=members,
+                orders=orders,
+                scores=np.mean(ranked, axis=0),
+                original=original.get(group.name, group.channels),
+                sizes=_step_sizes(group, round_to, keep_at_least),
+                weight=sum(graph.groups[number].weight for number in members),
+            )
+        )
+    return blocks
+
+
+def _step_sizes(group: Group, round_to: int, keep_at_least: int) -> tuple[int, ...]:
+    """How many channels each step removes, so that the width stays a multiple of `round_to`."""
+    multiple = round_to // math.gcd(round_to, group.positions)  # in channels
+    sizes: list[int] = []
+    left = group.channels
+    while True:
+        size = left % multiple or multiple
+        if left - size < max(keep_at_least, 1):
+            return tuple(sizes)
+        sizes.append(size)
+        left -= size
+
+
+def _ordered_steps(blocks: Sequence[Block], scope: str) -> list[Step]:
+    steps = []
+    for number, block in enumerate(blocks):
+        before = block.original - block.channels  # gone in earlier prunings
+        upto = 0
+        for size in block.sizes:
+            score = float(block.scores[upto : upto + size].mean())
+            upto += size
+            key = score if scope == "global" else (before + upto) / block.original
+            steps.append(Step(number, upto, size, key))
+    return sorted(steps, key=lambda step: (step.key, step.block, step.upto))
+
+
+def _until_patterns(graph: Graph, blocks: Sequence[Block], patterns: Mapping[str, float]) -> list[int]:
+    """Per block the channels to remove for {layer pattern: fraction}; a layer that no pattern names keeps all."""
+    unused = set(patterns)
+    gone = []
+    for block in blocks:
+        layers = [layer for number in block.groups for layer in graph.groups[number].layers]
+        hits = {pattern for pattern in patterns for layer in layers if fnmatchcase(layer, pattern)}
+        unused -= hits
+        fractions = {patterns[pattern] for pattern in hits}
+        if len(fractions) > 1:
+            raise TargetError(
+                f"layers {', '.join(layers)} lose channels together, but sparsity= asks for {sorted(fractions)}."
+            )
+        gone.append(_rounded_down(block, fractions.pop() if fractions else 0.0))
+    if unused:
+        prunable = sorted({layer for group in graph.prunable for layer in group.layers})
+        raise TargetError(
+            f"sparsity= names {sorted(unused)}, which match no prunable layer. Prunable: {', '.join(prunable)}."
+        )
+    return gone
+
+
+def _rounded_down(block: Block, fraction: float) -> int:
+    """The most channels that whole steps remove without passing `fraction` of the original."""
+    allowance = math.floor(fraction * block.original + 1e-9) - (block.original - block.channels)
+    reachable: list[int] = np.cumsum([0, *block.sizes]).tolist()
+    return max(upto for upto in reachable if upto <= max(allowance, 0))
+
+
+def _until_sparsity(blocks: Sequence[Block], steps: Sequence[Step], sparsity: float, scope: str) -> list[int]:
+    if scope == "layer":
+        return [_rounded_down(block, sparsity) for block in blocks]
+    total = sum(block.weight * block.original for block in blocks)
+    left = math.floor(sparsity * total + 1e-9)
+    left -= sum(block.weight * (block.original - block.channels) for block in blocks)
+    gone = [0] * len(blocks)
+    full: set[int] = set()
+    for step in steps:
+        cost = step.size * blocks[step.block].weight
+        if cost > left:
+            full.add(step.block)  # later steps of this block may not overtake this one
+        if step.block not in full:
+            gone[step.block] = step.upto
+            left -= cost
+    return gone
+
+
+def _until_budget(
+    graph: Graph, blocks: Sequence[Block], steps: Sequence[Step], goal: Target, costs: Mapping[str, Cost]
+) -> list[int]:
+    """The shortest run of steps that meets every budget: found by bisection, since each step only lowers the cost."""
+
+    def gone_after(count: int) -> list[int]:
+        gone = [0] * len(blocks)
+        for step in steps[:count]:
+            gone[step.block] = step.upto
+        return gone
+
+    def spent(count: int) -> dict[str, int]:
+        kept = [group.channels for group in graph.groups]
+        for block, removed in zip(blocks, gone_after(count), strict=True):
+            for group in block.groups:
+                kept[group] -= removed
+        return {name: costs[name](kept) for name in goal.budgets}
+
+    def met(count: int) -> bool:
+        return all(cost <= goal.budgets[name] for name, cost in spent(count).items())
+
+    if not met(len(steps)):
+        least, dense = spent(len(steps)), spent(0)
+        for name, cost in least.items():
+            if cost > goal.budgets[name]:
+                raise TargetError(
+                    f"{name}={goal.budgets[name]:,} cannot be reached: with as little left as these options allow, "
+                    f"{cost:,} remain ({human(cost)}, {cost / max(dense[name], 1):.4f} of the dense model)."
+                )
+    low, high = 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if met(middle) else (middle + 1, high)
+    return gone_after(low)
+
+
+def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, params: Cost) -> Plan:
+    """The plan that keeps the given channels (ascending) of every group."""
+    removed: dict[tuple[str, int], list[npt.NDArray[np.int64]]] = {}
+    fills: dict[tuple[str, int], float] = {}
+    for group, channels in zip(graph.groups, kept, strict=True):
+        gone = np.setdiff1d(np.arange(group.channels), channels)
+        for slot in group.slots if len(gone) else ():
+            removed.setdefault((slot.tensor, slot.dim), []).append(slot.indices[gone].ravel())
+            fills[slot.tensor, slot.dim] = slot.fill
+    cuts = []
+    for (tensor, dim), positions in removed.items():
+        size = graph.shapes[tensor][dim]
+        stay = np.setdiff1d(np.arange(size), np.concatenate(positions))
+        cuts.append(Cut(tensor, dim, size, tuple(stay.tolist()), fills[tensor, dim]))
+    counts, dense = [len(channels) for channels in kept], [group.channels for group in graph.groups]
+    free = [(group, len(channels)) for group, channels in zip(graph.groups, kept, strict=True) if group.locked is None]
+    return Plan(
+        cuts=tuple(cuts),
+        edits=tuple(_edits(graph, counts)),
+        shapes=graph.shapes,
+        widths=tuple(_widths(graph, cuts)),
+        channels=(sum(g.weight * g.channels for g, _ in free), sum(g.weight * count for g, count in free)),
+        macs=(macs(dense), macs(counts)),
+        params=(params(dense), params(counts)),
+        groups=sum(count < group.channels for group, count in free),
+    )
+
+
+def _edits(graph: Graph, kept: Sequence[int]) -> Iterator[Edit]:
+    for attribute, form in graph.attributes.items():
+        after = form.at(kept)
+        if after != attribute.value:
+            yield Edit(attribute.module, attribute.name, attribute.index, attribute.value, after)
+
+
+def _widths(graph: Graph, cuts: Sequence[Cut]) -> Iterator[Width]:
+    after = {(cut.tensor, cut.dim): len(cut.kept) for cut in cuts}
+    for tensor, dim in graph.producers:
+        size = graph.shapes[tensor][dim]
+        yield Width(tensor.rpartition(".")[0] or tensor, size, after.get((tensor, dim), size))

@@ -1,0 +1,149 @@
+"""Plan -> smaller nn.Module: tensors sliced, attributes updated, everything else as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import PlanMismatchError
+from secateur.inputs import check_model
+from secateur.plans import Cut, Edit, Plan, tensor_shapes
+
+
+def shrink(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` without the channels that `plan` removes; the original is not touched.
+
+    The copy has the same class and runs its own forward. Training mode, `requires_grad`, dtype, device, hooks and tied
+    tensors are kept; gradients are not. Raises PlanMismatchError for a plan of another architecture.
+    """
+    check_model(model)
+    plan.check(tensor_shapes(model))
+    small = copy.deepcopy(model)
+    cuts: dict[str, list[Cut]] = {}
+    for cut in plan.cuts:
+        cuts.setdefault(cut.tensor, []).append(cut)
+    tensors = dict(_named_tensors(small))
+    owners = _owners(small)
+    for name, its_cuts in cuts.items():
+        old = tensors[name]
+        new = _sliced(old, its_cuts)
+        for store, key in owners[id(old)]:
+            store[key] = new
+    for edit in plan.edits:
+        _edit(small, edit)
+    _update_attributes(small, {name.rpartition(".")[0] for name in cuts})
+    return small
+
+
+def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` in which every slot of the plan is zero (running variances 1): what `shrink` must equal."""
+    check_model(model)
+    plan.check(tensor_shapes(model))
+    zeroed = copy.deepcopy(model)
+    tensors = dict(_named_tensors(zeroed))
+    with torch.no_grad():
+        for cut in plan.cuts:
+            tensor = tensors[cut.tensor]
+            tensor.index_fill_(cut.dim, torch.tensor(cut.removed, device=tensor.device), cut.fill)
+    return zeroed
+
+
+def sliced(tensor: Tensor, cuts: list[Cut]) -> Tensor:
+    """The entries of `tensor` that all `cuts` keep, contiguous."""
+    for cut in cuts:
+        tensor = tensor.index_select(cut.dim, torch.tensor(cut.kept, device=tensor.device))
+    return tensor.contiguous()
+
+
+def _sliced(old: Tensor, cuts: list[Cut]) -> Tensor:
+    new = sliced(old.detach(), cuts)
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new.requires_grad_(old.requires_grad)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[dict[str, Tensor | None], str]]]:
+    """Every place that holds a tensor, by the tensor's identity: a tied tensor has several."""
+    places: dict[int, list[tuple[dict[str, Tensor | None], str]]] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append((store, key))  # type: ignore[arg-type]  # narrower values
+    return places
+
+
+def _edit(model: nn.Module, edit: Edit) -> None:
+    try:
+        module = model.get_submodule(edit.module)
+        value = getattr(module, edit.attribute)
+        current = value if edit.index is None else value[edit.index]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise PlanMismatchError(f"the model has no {edit.module}.{edit.attribute}, which the plan edits.") from error
+    if type(current) is not int or current != edit.before:
+        raise PlanMismatchError(
+            f"{edit.module}.{edit.attribute} is {current!r}; the plan expects {edit.before} and makes it {edit.after}."
+        )
+    if edit.index is None:
+        setattr(module, edit.attribute, edit.after)
+    else:
+        setattr(module, edit.attribute, type(value)([*value[: edit.index], edit.after, *value[edit.index + 1 :]]))
+
+
+def _linear(module: nn.Linear) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _conv(module: nn.modules.conv._ConvNd) -> None:
+    first, second = module.weight.shape[:2]
+    if module.transposed:
+        module.in_channels, module.out_channels = first, second * module.groups
+    else:
+        module.out_channels, module.in_channels = first, second * module.groups
+
+
+def _batch_norm(module: nn.modules.batchnorm._NormBase) -> None:
+    tensor = module.weight if module.weight is not None else module.running_mean
+    if tensor is not None:
+        module.num_features = tensor.shape[0]
+
+
+def _group_norm(module: nn.GroupNorm) -> None:
+    if module.weight is not None:
+        module.num_channels = module.weight.shape[0]
+
+
+def _embedding(module: nn.Embedding) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _prelu(module: nn.PReLU) -> None:
+    module.num_parameters = module.weight.numel()
+
+
+# The one table of leaf modules: their descriptive attributes follow from their tensors. Attributes that decide what
+# forward does (groups, num_groups, sizes of views) come with the plan.
+LEAF_ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[..., None]], ...] = (
+    (nn.Linear, _linear),
+    (nn.modules.conv._ConvNd, _conv),
+    (nn.modules.batchnorm._NormBase, _batch_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.Embedding, _embedding),
+    (nn.PReLU, _prelu),
+)
+
+
+def _update_attributes(model: nn.Module, owners: set[str]) -> None:
+    for name, module in model.named_modules():
+        if name in owners or any(tensor is not None for tensor in module._parameters.values()):
+            for kind, update in LEAF_ATTRIBUTES:
+                if isinstance(module, kind):
+                    update(module)

@@ -1,0 +1,116 @@
+"""Target: how far to prune. Cost: what a model with given widths costs, counted on the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from secateur.coupling.groups import Graph, Product
+from secateur.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Target:
+    """How far to prune: the fraction to remove, or what may at most remain. Give `sparsity`, or one or both budgets.
+
+    A budget is met within one removable step and never exceeded. A float in (0, 1] is a fraction of the dense model,
+    an int is absolute. Raises TargetError for anything that cannot be meant.
+    """
+
+    sparsity: float | Mapping[str, float] | None = None  # of the channels; or {layer pattern: fraction}, the rest stays
+    max_macs: float | int | None = None
+    max_params: float | int | None = None
+
+    def __post_init__(self) -> None:
+        budgets = {"max_macs": self.max_macs, "max_params": self.max_params}
+        if self.sparsity is None and all(budget is None for budget in budgets.values()):
+            raise TargetError("nothing to aim for: pass sparsity=, max_macs= or max_params=.")
+        if self.sparsity is not None and any(budget is not None for budget in budgets.values()):
+            raise TargetError("pass either sparsity= or budgets (max_macs=, max_params=), not both.")
+        for fraction in self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]:
+            if fraction is not None:
+                _check_sparsity(fraction)
+        for name, budget in budgets.items():
+            if budget is not None:
+                _check_budget(name, budget)
+
+    @property
+    def budgets(self) -> dict[str, float | int]:
+        """The budgets that are set, by name."""
+        named = {"max_macs": self.max_macs, "max_params": self.max_params}
+        return {name: budget for name, budget in named.items() if budget is not None}
+
+    def absolute(self, macs: int, params: int) -> Target:
+        """The same target with budgets in absolute numbers, for a dense model of the given cost."""
+        return replace(self, max_macs=_absolute(self.max_macs, macs), max_params=_absolute(self.max_params, params))
+
+    def part(self, fraction: float, macs: int, params: int) -> Target:
+        """The target when `fraction` in [0, 1] of the way is due, for a dense model of the given cost."""
+        if isinstance(self.sparsity, Mapping):
+            return replace(self, sparsity={name: value * fraction for name, value in self.sparsity.items()})
+        if self.sparsity is not None:
+            return replace(self, sparsity=self.sparsity * fraction)
+        goal = self.absolute(macs, params)
+        return replace(
+            goal,
+            max_macs=None if goal.max_macs is None else round(macs - fraction * max(0, macs - goal.max_macs)),
+            max_params=None if goal.max_params is None else round(params - fraction * max(0, params - goal.max_params)),
+        )
+
+
+def _absolute(budget: float | int | None, dense: int) -> int | None:
+    return int(budget * dense) if isinstance(budget, float) else budget
+
+
+def _check_sparsity(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TargetError(f"sparsity is a number in [0, 1); got {value!r}.")
+    if not 0 <= value < 1:
+        hint = ""
+        if 1 < value < 100:
+            hint = f" To remove {value:g} %, pass sparsity={value / 100:g}."
+        elif value == 1:
+            hint = " A model with every channel removed computes nothing."
+        raise TargetError(f"sparsity is the fraction removed, in [0, 1); got {value}.{hint}")
+
+
+def _check_budget(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise TargetError(f"{name} is what may at most remain, above 0; got {value!r}.")
+    if isinstance(value, float) and value > 1:
+        raise TargetError(
+            f"{name}={value}: a float is a fraction of the dense model, in (0, 1]; "
+            f"for an absolute budget pass an int ({name}={int(value)})."
+        )
+
+
+class Cost:
+    """MACs or parameters as a function of the groups' kept counts: thousands of plans cost nothing to compare."""
+
+    def __init__(self, products: Sequence[Product], groups: int) -> None:
+        depth = max([len(product.lengths) for product in products], default=0)
+        self._constants = np.array([product.constant for product in products], dtype=np.float64)
+        self._forms = np.zeros((depth, len(products), groups + 1))
+        self._forms[:, :, -1] = 1.0
+        for number, product in enumerate(products):
+            for level, form in enumerate(product.lengths):
+                self._forms[level, number, -1] = float(form.constant)
+                for group, coefficient in form.terms.items():
+                    self._forms[level, number, group] = float(coefficient)
+
+    def __call__(self, kept: Sequence[int]) -> int:
+        """The cost when `kept[g]` channels of group g stay."""
+        lengths = self._forms @ np.append(np.asarray(kept, dtype=np.float64), 1.0)
+        return round(float((self._constants * lengths.prod(axis=0)).sum()))
+
+
+def macs_of(graph: Graph) -> Cost:
+    """Multiply-accumulates of one forward pass on the example inputs of `graph`."""
+    return Cost(graph.macs, len(graph.groups))
+
+
+def params_of(graph: Graph) -> Cost:
+    """Parameters; tied ones count once."""
+    return Cost(graph.params, len(graph.groups))
