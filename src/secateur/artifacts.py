@@ -61,9 +61,10 @@ def save(
 ) -> None:
     """Save a shrunk model as a safetensors file that `load` can put into a freshly built dense model.
 
-    `model` is what `prune` returned, a step of `prune_steps`, or a shrunk module with the `plan` it was shrunk by; a module without a plan is
-    saved as it is and fits only its own architecture. `metadata` is text of your own. Parameters and persistent buffers
-    are saved, a tied tensor once. An old file of that name stays until the new one is complete on the disk.
+    `model` is what `prune` returned, a step of `prune_steps`, or a shrunk module with the `plan` it was shrunk by; a
+    module without a plan is saved as it is and fits only its own architecture. `metadata` is text of your own.
+    Parameters and persistent buffers are saved, a tied tensor once. An old file of that name stays until the new one is
+    complete on the disk.
     Raises PlanMismatchError when model and plan do not belong together, ArtifactError when the model cannot be saved
     without pickle or the file cannot be written.
     """

@@ -89,7 +89,8 @@ def first_tensor(batch: Any) -> Tensor | None:
 def move(batch: Any, device: torch.device | str) -> Any:
     """The same batch with every tensor on `device`, whatever its nesting; what is no tensor stays as it is."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        # Only copies towards CUDA may overlap with what follows; others would be read before they have arrived.
+        return batch.to(device, non_blocking=torch.device(device).type == "cuda")
     if isinstance(batch, Mapping):
         return {name: move(part, device) for name, part in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -113,7 +114,7 @@ def usable_device(device: torch.device | str) -> torch.device:
         raise InputError("device 'mps': this machine or this build of torch has no Apple GPU. Use device='cpu'.")
     if found.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device {str(device)!r} is not supported: use cpu, cuda or mps.")
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -15,7 +15,6 @@ from typer.core import TyperGroup
 from secateur.errors import InputError, SecateurError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from secateur.coupling.groups import Graph
@@ -36,6 +35,9 @@ class Guarded(TyperGroup):
                 traceback.print_exc()
             typer.echo(_one_line(error), err=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -122,7 +124,7 @@ def demo(
         raise typer.Exit(130) from None
     if not outcome.new:
         typer.echo(f"All {len(trials)} trials were done before: only the report was written again.", err=True)
-    _show(terminal_table(summarise(outcome.records), "digits_net on handwritten digits, test data"))
+    _show(terminal_table(summarise(outcome.records), "digits_net on handwritten digits, test data"), least_width=112)
     typer.echo(f"Report: {outcome.report.resolve()}")
 
 
@@ -229,14 +231,17 @@ def measure(
 @app.command()
 def criteria(debug: Debug = False) -> None:
     """List the criteria: what each scores, what it needs to see, and where it comes from."""
+    import inspect as reflection
+
     from rich.table import Table
 
-    from secateur.criteria.table import CRITERIA
+    from secateur.criteria.table import CRITERIA, needs_of
 
-    table = Table("name", "needs", "importance of a channel", box=_box())
+    table = Table("name", "needs", "importance of a channel", "source", box=_box())
     for name, function in sorted(CRITERIA.items()):
-        needs = ", ".join(sorted(getattr(function, "needs", ()))) or "weights"
-        table.add_row(name, needs, (function.__doc__ or "").strip().splitlines()[0])
+        lines = (reflection.getdoc(function) or "").splitlines()
+        source = next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "")
+        table.add_row(name, ", ".join(needs_of(name)) or "weights only", lines[0] if lines else "", source)
     _show(table)
 
 
@@ -342,15 +347,13 @@ def _progress(total: int) -> Iterator[Told]:
         yield lambda done, line: bars.update(task, completed=done, description=line)
 
 
-def _show(what: Table | str) -> None:
-    console().print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
-
-
-def console() -> Console:
-    """Standard output; wide enough for the tables where it is no terminal."""
+def _show(what: Table | str, least_width: int = 0) -> None:
+    """Print to standard output, which is taken to be 120 characters wide where it is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.width = max(console.width, least_width)
+    console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
 
 
 def _box() -> Any:

@@ -109,7 +109,7 @@ def run_demo(out: Path, trials: Sequence[Trial], told: Told = lambda done, line:
                 done += 1
                 told(done, f"{trial}: {record.accuracy_pruned:.1%} pruned, {record.accuracy_finetuned:.1%} fine-tuned")
     wanted = tuple(records[trial.key] for trial in trials)
-    return Outcome(wanted, write_report(wanted, out / "report.html", "Secateur demo"), len(missing))
+    return Outcome(wanted, write_report(wanted, out / "report.html", "Demo on handwritten digits"), len(missing))
 
 
 def run_trial(trial: Trial, dense: Baseline, origin: dict[str, Any]) -> Record:

@@ -58,7 +58,7 @@ def select(
     scores: Mapping[str, Tensor],
     target: Target,
     *,
-    scope: str = "global",
+    scope: str = "layer",
     round_to: int = 1,
     keep_at_least: int = 1,
     normalise: bool = True,
@@ -66,9 +66,9 @@ def select(
 ) -> Plan:
     """Choose the channels to remove; see `Target` for how far.
 
-    `scores`: per group name (channels,), higher means keep. `scope`: `global`, all channels compete, their scores first
-    divided by their group's mean unless `normalise` is False (DepGraph, arXiv 2301.12900); `layer`, every group loses
-    the same fraction, rounded down. `round_to`: widths that shrink end at a multiple of it. `keep_at_least`: channels
+    `scores`: per group name (channels,), higher means keep. `scope`: `layer`, every group loses the same fraction,
+    rounded down; `global`, all channels compete, their scores first divided by their group's mean unless `normalise`
+    is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it. `keep_at_least`: channels
     every group keeps. `original`: channels per group of the dense model, where `graph` is of an already shrunk one.
 
     Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
@@ -285,6 +285,7 @@ def _edits(graph: Graph, kept: Sequence[int]) -> Iterator[Edit]:
 
 def _widths(graph: Graph, cuts: Sequence[Cut]) -> Iterator[Width]:
     after = {(cut.tensor, cut.dim): len(cut.kept) for cut in cuts}
-    for tensor, dim in graph.producers:
-        size = graph.shapes[tensor][dim]
-        yield Width(tensor.rpartition(".")[0] or tensor, size, after.get((tensor, dim), size))
+    for producer in graph.producers:
+        size = graph.shapes[producer.tensor][producer.dim]
+        left = after.get((producer.tensor, producer.dim), size)
+        yield Width(producer.layer, size * producer.copies, left * producer.copies)

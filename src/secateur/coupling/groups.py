@@ -80,6 +80,20 @@ class Product:
     lengths: tuple[Form, ...]
 
 
+@dataclass(frozen=True)
+class Producer:
+    """A layer that makes channels: the output dimension of its weight."""
+
+    tensor: str
+    dim: int
+    copies: int  # output channels per position: more than 1 for a grouped transposed convolution
+
+    @property
+    def layer(self) -> str:
+        """The module that owns the tensor."""
+        return self.tensor.rpartition(".")[0] or self.tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """What `trace` found: groups, ops without a rule, and parts that must keep equal counts."""
@@ -88,7 +102,7 @@ class Graph:
     unknown: Mapping[str, int]  # ops without a rule; what they touch is locked
     balances: tuple[tuple[str, ...], ...]  # names of groups that must keep equal counts
     shapes: Mapping[str, tuple[int, ...]]  # every parameter and buffer
-    producers: tuple[tuple[str, int], ...]  # (tensor, output dim) of every layer, in order of execution
+    producers: tuple[Producer, ...]  # in order of execution
     attributes: Mapping[Attribute, Form]  # integer attributes that follow the kept counts
     macs: tuple[Product, ...]
     params: tuple[Product, ...]
@@ -206,7 +220,11 @@ def _assemble(
         unknown=dict(unknown),
         balances=tuple(tuple(names[position[number]] for number in sorted(part)) for part in balances),
         shapes=shapes,
-        producers=tuple((tensor, dim) for (tensor, dim), role in state.roles.items() if role == "output"),
+        producers=tuple(
+            Producer(tensor, dim, state.copies.get(tensor, 1))
+            for (tensor, dim), role in state.roles.items()
+            if role == "output"
+        ),
         attributes={attribute: renumbered(form) for attribute, form in attributes.items()},
         macs=tuple(product(work.constant, [(ids, len(ids)) for ids in work.lengths]) for work in state.work),
         params=tuple(

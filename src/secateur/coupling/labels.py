@@ -175,18 +175,18 @@ class Algebra:
 
     def collapse(self, labels: Labels, dims: Iterable[int], why: str) -> Labels:
         """Tie the positions along `dims` together; a factor that varies along nothing else is locked."""
-        kept = []
+        dims, kept = tuple(dims), []
         for factor in labels.factors:
             ids = factor.ids
+            if set(factor.span) <= set(dims):
+                self.atoms.lock(ids, self._because(why))
+                continue
             for dim in dims:
                 if ids.shape[dim] > 1:
                     first = ids.take([0], axis=dim)
                     self.atoms.unite(first, ids, self._because(why))
                     ids = first
-            if ids.size == 1:
-                self.atoms.lock(ids, self._because(why))
-            else:
-                kept.append(factor.on(ids))
+            kept.append(factor.on(ids))
         return Labels(labels.shape, tuple(kept))
 
     def lock(self, labels: Labels, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from itertools import zip_longest
+from operator import index
 
 from secateur.coupling.labels import Algebra, Factor, Ids, Labels
 from secateur.coupling.rules import NotCovered, Requirement, State, rule_for
@@ -114,7 +115,7 @@ def _pin_unexplained(state: State) -> None:
         seen.add(id(call))
         for number in _traced(call.args) + _traced(tuple(call.kwargs.values())):
             place = f"{node.place}: its size is an argument of {call.name}"
-            state.requirements.append(Requirement(number.expression, int(number), place))
+            state.requirements.append(Requirement(number.expression, index(number), place))
     for expression, value in state.tape.escaped:
         state.requirements.append(Requirement(expression, value, "its size is used as a number in forward"))
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from secateur.coupling.labels import SILENT, Algebra, Factor, Ids, Labels
 from secateur.coupling.sizes import Expression, Size, expression_of
@@ -58,7 +60,8 @@ class State:
     algebra: Algebra
     labels: list[Labels]  # by value
     origins: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # value -> leaf, its dims in order
-    roles: dict[tuple[str, int], str] = field(default_factory=dict)  # (leaf, dim) -> output | input
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)  # (leaf, dim) -> output | input | scale
+    copies: dict[str, int] = field(default_factory=dict)  # leaf -> output channels per position of its output dimension
     fills: dict[str, float] = field(default_factory=dict)  # leaves whose removed entries are not zero
     requirements: list[Requirement] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
@@ -125,6 +128,8 @@ def convolution(state: State, node: Node) -> list[Labels]:
     _conv_work(state, node, weight, transposed)
     state.role(node.args[1], out_dim, "output")
     state.role(node.args[1], in_dim, "input")
+    if transposed and groups > 1 and node.args[1].value in state.origins:
+        state.copies[state.origins[node.args[1].value][0]] = groups
     channels = _channels_first(data.only(1), groups)
     weight_in, weight_out = weight.only(in_dim), weight.only(out_dim)
     if groups == 1:
@@ -280,7 +285,7 @@ def batch_norm(state: State, node: Node) -> list[Labels | None]:
     rank = len(data.shape)
     if not isinstance(node.args[4] if len(node.args) > 4 else None, Ref):  # batch statistics
         data = algebra.collapse(data, [dim for dim in range(rank) if dim != 1], "batch statistics run over it")
-    tensors = [data]
+    tensors, variance = [data], -1
     affine = isinstance(node.args[1], Ref) and isinstance(node.args[2], Ref)
     for position in range(1, 5):
         leaf = node.args[position] if position < len(node.args) else None
@@ -288,12 +293,14 @@ def batch_norm(state: State, node: Node) -> list[Labels | None]:
             shape = (1, data.shape[1]) + (1,) * (rank - 2)
             tensors.append(algebra.reshape(state.of(leaf), shape))
             if position == 4:
+                variance = len(tensors) - 1
                 _fill_with_one(state, leaf)
     state.role(node.args[1], 0, "scale")
     joined, shape = algebra.align(tensors, "normalised with statistics of fixed size")
     factors = []
     for j in joined:
-        zero = (j.zeros[1] and j.zeros[2]) if affine else all(j.zeros[: len(tensors) - 1])
+        decisive = j.zeros[1:3] if affine else [zero for number, zero in enumerate(j.zeros) if number != variance]
+        zero = all(decisive)
         factors.append(j.factor(zero))
     return [Labels(shape, tuple(factors)), *[None] * (len(node.outputs) - 1)]
 
@@ -428,6 +435,7 @@ def along_a_dimension(state: State, node: Node) -> list[Labels]:
 
 # -- moving data -----------------------------------------------------------------------------------------------------
 
+_MEETING_CALLS = ("matmul", "__matmul__", "bmm", "einsum")  # what they expand meets the tensor it was expanded for
 _SIZED_CALLS = ("view", "reshape", "unflatten", "expand", "broadcast_to")
 
 
@@ -445,6 +453,7 @@ def _require_sizes(state: State, node: Node, rank_before: int) -> None:
     """Tie the sizes that user code passed to a view to the live lengths of the result."""
     call = node.call
     if call is None or call.name not in _SIZED_CALLS:
+        _lock_models(state, node)
         return  # sizes are computed from the live tensor
     if call.name == "unflatten":
         dim, sizes = call.args[1] % rank_before, call.args[2]
@@ -458,8 +467,20 @@ def _require_sizes(state: State, node: Node, rank_before: int) -> None:
     state.explained.add(id(call))
     shape, result = state.shape(node), node.outputs[0]
     for offset, size in enumerate(sizes):
-        if int(size) != -1:
+        if size != -1:
             state.require(node, size, Extent(result, dim + offset, shape[dim + offset]))
+
+
+def _lock_models(state: State, node: Node) -> None:
+    """`expand_as` and `view_as` take their sizes from a tensor that the op itself does not see: it keeps its size."""
+    call, grows = node.call, state.shape(node) != state.of(node.args[0]).shape
+    if call is None or not grows or not (call.name.endswith("_as") or node.name == "aten.expand"):
+        return
+    if call.name in _MEETING_CALLS:
+        return
+    for other in tree_leaves([*call.args, *call.kwargs.values()], is_leaf=lambda x: isinstance(x, Ref)):
+        if isinstance(other, Ref) and other != node.args[0]:
+            state.algebra.lock(state.of(other), f"gives {call.name} its size")
 
 
 @rule("expand")
@@ -627,7 +648,7 @@ def _require_parts(state: State, node: Node, data: Labels, dim: int, sizes: Sequ
 
 
 def _chunks(args: Sequence[Any], kwargs: Any) -> int:
-    return int(args[1] if len(args) > 1 else kwargs["chunks"])
+    return index(args[1] if len(args) > 1 else kwargs["chunks"])
 
 
 @rule("cat", "concat")
@@ -755,7 +776,7 @@ def pointwise(state: State, node: Node) -> list[Labels]:
 def _zero_at_zero(state: State, node: Node, refs: Sequence[int], zeros: Sequence[bool]) -> bool | None:
     """Whether the op gives 0 where the marked operands are 0, whatever the others are; None: it gives no number."""
     result = True
-    for trial in (0.37, 1.7, -0.6):
+    for trial in (0.37, 1.7, -0.6, 0.0):
         alive = _evaluate(state, node, refs, [trial] * len(refs))
         dead = _evaluate(state, node, refs, [0.0 if zero else trial for zero in zeros])
         if not torch.isfinite(alive).all():

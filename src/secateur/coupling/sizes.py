@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from typing import Any, SupportsIndex
 
 
@@ -64,26 +65,30 @@ class TracedInt(int):
         return traced
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)
+        return int, (index(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> int:
-        return int(self)
+        return index(self)
+
+    def _escape(self) -> int:
+        """The plain number, noted as one whose further use nobody sees: it must keep its value."""
+        self.escaped.append((self.expression, index(self)))
+        return index(self)
+
+    def __int__(self) -> int:
+        return self._escape()
 
     def __float__(self) -> float:
-        self.escaped.append((self.expression, int(self)))
-        return float(int(self))
+        return float(self._escape())
 
     def __truediv__(self, other: float) -> float:
-        self.escaped.append((self.expression, int(self)))
-        return int(self) / other
+        return self._escape() / other
 
     def __rtruediv__(self, other: float) -> float:
-        self.escaped.append((self.expression, int(self)))
-        return other / int(self)
+        return other / self._escape()
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        self.escaped.append((self.expression, int(self)))
-        return pow(int(self), other, modulus)
+        return pow(self._escape(), other, modulus)
 
 
 def _traced(name: str, *, reflected: bool) -> Callable[[TracedInt, Any], Any]:
@@ -92,10 +97,10 @@ def _traced(name: str, *, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     def method(self: TracedInt, other: Any) -> Any:
         if isinstance(other, bool) or not isinstance(other, int):
             if isinstance(other, float):
-                self.escaped.append((self.expression, int(self)))
+                self._escape()
             return NotImplemented
         left, right = (other, self) if reflected else (self, other)
-        value = compute(int(left), int(right))
+        value = compute(index(left), index(right))
         return TracedInt(value, Arithmetic(name, expression_of(left), expression_of(right)), self.escaped)
 
     return method
@@ -108,7 +113,7 @@ for _name in OPERATIONS:
 
 def expression_of(value: SupportsIndex) -> Expression:
     """The expression a number carries; a plain number is its own."""
-    return value.expression if isinstance(value, TracedInt) else int(value)
+    return value.expression if isinstance(value, TracedInt) else index(value)
 
 
 def mentioned(expression: Expression) -> list[Attribute | Size]:

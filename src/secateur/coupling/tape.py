@@ -26,6 +26,7 @@ from secateur.inputs import Inputs
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FOLDER = str(Path(__file__).parent)
+_LENGTHS = (torch.Tensor.__len__, torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]  # a getset descriptor
 
 
@@ -164,7 +165,20 @@ class _Recorder:
     def ref(self, tensor: Tensor) -> Ref:
         """The number of a tensor; one never seen before is a constant."""
         number = self._numbers.get(id(tensor))
+        if number is None:
+            number = self._alias(tensor)
         return Ref(self._add(tensor, Leaf("constant", "")) if number is None else number)
+
+    def _alias(self, tensor: Tensor) -> int | None:
+        """The leaf that an unseen tensor is another handle of, as `parameter.data` is."""
+        if tensor.layout != torch.strided:
+            return None
+        for number in self._memory.get(tensor.untyped_storage()._cdata, []):
+            known = self._alive[number]
+            same = known.data_ptr() == tensor.data_ptr() and known.stride() == tensor.stride()
+            if self.tape.values[number].leaf is not None and same and known.shape == tensor.shape:
+                return number
+        return None
 
     def known(self, tensor: Tensor) -> int | None:
         return self._numbers.get(id(tensor))
@@ -227,6 +241,8 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if function == _GET_SHAPE or function is torch.Tensor.size:
             return self._sizes(function(*args, **kwargs), args[0], args, kwargs)
+        if function in _LENGTHS:
+            return self._length(function(*args, **kwargs), args[0], first_only=function is torch.Tensor.__len__)
         refs = _map_tensors(self._known, (list(args), dict(kwargs)))
         name = getattr(function, "__name__", str(function))
         outer = self._recorder.call
@@ -249,6 +265,14 @@ class _Calls(TorchFunctionMode):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             return TracedInt(result, Size(number, dim % tensor.dim()), escaped)
         return torch.Size([TracedInt(size, Size(number, dim), escaped) for dim, size in enumerate(result)])
+
+    def _length(self, result: int, tensor: Tensor, *, first_only: bool) -> int:
+        """`len(x)` and `x.numel()`: plain numbers, so the sizes in them must keep their values."""
+        number = self._recorder.known(tensor)
+        if number is not None:
+            for dim in range(1 if first_only else tensor.dim()):
+                self._recorder.tape.escaped.append((Size(number, dim), tensor.shape[dim]))
+        return result
 
 
 def _map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur.report import format as fmt
@@ -11,9 +11,8 @@ from secateur.report.records import Record
 from secateur.report.statistics import FEW_SEEDS, Estimate, Summary, estimate
 
 TOLERANCE = 0.01  # accuracy that one is ready to give up: one percentage point
-NOISE = (
-    0.10  # spread of the middle half of the timings, relative to their median, from which on a figure is called noisy
-)
+SMALL_TEST_SET = 1000  # samples, below which one sample weighs more than 0.1 points
+NOISE = 0.1  # distance of the quartiles of the timings over their median, above which a latency is noisy
 
 
 @dataclass(frozen=True)
@@ -165,6 +164,14 @@ def _few_seeds(records: Sequence[Record], summaries: Sequence[Summary]) -> list[
     return [f"{fmt.several(least, 'seed').capitalize()} per setting: read differences between criteria as hints only."]
 
 
+def _small_test_set(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
+    data = records[0].fingerprint.get("data")
+    size = data.get("test") if isinstance(data, Mapping) else None
+    if not isinstance(size, int) or size >= SMALL_TEST_SET:
+        return []
+    return [f"The test set holds {size} samples: a single one is worth {fmt.points(1 / size, 2)} of accuracy."]
+
+
 def _gaps(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
     seeds = {r.seed for r in records}
     missing = sum(len(seeds) - len(s.seeds) for s in summaries)
@@ -203,4 +210,4 @@ def _chosen_on_test(records: Sequence[Record], summaries: Sequence[Summary]) -> 
     ]
 
 
-WARNINGS = (_few_seeds, _gaps, _noisy_latency, _mixed_machines, _chosen_on_test)
+WARNINGS = (_few_seeds, _small_test_set, _gaps, _noisy_latency, _mixed_machines, _chosen_on_test)

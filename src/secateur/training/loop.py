@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -85,7 +85,7 @@ def fit(
     chosen = recipe or Recipe()
     where = usable_device(device)
     hooking.check(hooks)
-    if iter(data) is data and chosen.epochs > 1:
+    if isinstance(data, Iterator) and chosen.epochs > 1:
         raise InputError("the data is an iterator, good for one epoch: pass a list, a DataLoader or Batches.")
     if loss is not None and chosen.label_smoothing:
         raise InputError("label_smoothing belongs to the default loss: smooth in your own loss= and leave it at 0.")
