@@ -15,7 +15,7 @@ from torch import nn
 
 from secateur.coupling.propagation import Base, propagate
 from secateur.coupling.requirements import Classes, Form, count, solve
-from secateur.coupling.rules import State
+from secateur.coupling.rules.state import State
 from secateur.coupling.sizes import Attribute
 from secateur.coupling.tape import Tape, record
 from secateur.errors import ExampleInputsError, InputError, SecateurError

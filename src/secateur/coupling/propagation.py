@@ -8,7 +8,8 @@ from itertools import zip_longest
 from operator import index
 
 from secateur.coupling.labels import Algebra, Factor, Ids, Labels
-from secateur.coupling.rules import NotCovered, Requirement, State, rule_for
+from secateur.coupling.rules import rule_for
+from secateur.coupling.rules.state import NotCovered, Requirement, State
 from secateur.coupling.sizes import TracedInt
 from secateur.coupling.tape import Node, Tape
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from secateur.coupling.labels import SILENT, Ids, Labels
 from secateur.coupling.propagation import Base
-from secateur.coupling.rules import Extent, Requirement, State
+from secateur.coupling.rules.state import Extent, Requirement, State
 from secateur.coupling.sizes import Arithmetic, Attribute, Expression, Size, mentioned
 
 
@@ -186,11 +186,11 @@ def _satisfy(state: State, classes: Classes, requirements: list[Requirement]) ->
             if value is not None and (value - target).is_zero:
                 continue
             solved = scope.solve_for(requirement.expression, target)
-            pair = None if value is None else _balance(classes, value - target)
+            pairs = None if value is None else _balance(classes, value - target)
             if solved is not None:
                 scope.attributes[solved[0]] = solved[1]
-            elif pair is not None:
-                _merge(scope.leader, *pair)
+            elif pairs is not None:
+                _merge_all(scope.leader, pairs)
             else:
                 return scope.blame(requirement)
             settled = False
@@ -295,20 +295,27 @@ def _invert(operation: str, target: Form, known: Fraction, unknown_is_left: bool
     return target * known if unknown_is_left else None
 
 
-def _balance(classes: Classes, difference: Form) -> tuple[int, int] | None:
-    """The two groups whose equal counts make the difference vanish."""
-    if difference.constant or len(difference.terms) != 2:
+def _balance(classes: Classes, difference: Form) -> list[tuple[int, int]] | None:
+    """Pairs of groups whose equal counts make the difference vanish; None where its terms do not pair up."""
+    sides: tuple[list[tuple[Fraction, int, int]], ...] = ([], [])
+    for group, coefficient in difference.terms.items():
+        sides[coefficient < 0].append((abs(coefficient), len(classes.members[group]), group))
+    gains, losses = sorted(sides[0]), sorted(sides[1])
+    if difference.constant or [term[:2] for term in gains] != [term[:2] for term in losses]:
         return None
-    (a, x), (b, y) = difference.terms.items()
-    return (a, b) if x == -y and len(classes.members[a]) == len(classes.members[b]) else None
+    return [(gain[2], loss[2]) for gain, loss in zip(gains, losses, strict=True)]
 
 
-def _merge(leader: dict[int, int], a: int, b: int) -> None:
-    low, high = min(a, b), max(a, b)
-    for group, first in list(leader.items()):
-        if first == high:
-            leader[group] = low
-    leader[high] = low
+def _merge_all(leader: dict[int, int], pairs: Iterable[tuple[int, int]]) -> None:
+    """Unite balances; every group points to the first of its own."""
+    for a, b in pairs:
+        first, second = sorted((leader.get(a, a), leader.get(b, b)))
+        if first == second:
+            continue
+        for group, old in list(leader.items()):
+            if old == second:
+                leader[group] = first
+        leader[second] = first
 
 
 def _balances(leader: Mapping[int, int]) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,8 +111,7 @@ def record(model: nn.Module, inputs: Inputs) -> Tape:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # mkldnn hides an LSTM behind one fused op
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), _module_stack(model, recorder.modules):
+        with torch.no_grad(), _without_mkldnn(), _module_stack(model, recorder.modules):
             _trace_attributes(model, recorder.tape.escaped)
             with _Calls(recorder), _Ops(recorder):
                 output = inputs.call(model)
@@ -295,6 +295,23 @@ def _where() -> str:
             return f"{Path(file).name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Record plain ops: mkldnn hides an LSTM behind one fused op."""
+    flags = torch.backends.mkldnn.flags(enabled=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="TF32 acceleration"
+        )  # the switch warns about hardware nobody asked for
+        flags.__enter__()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TF32 acceleration")
+            flags.__exit__(None, None, None)
 
 
 @contextmanager

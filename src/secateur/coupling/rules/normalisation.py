@@ -1,0 +1,108 @@
+"""Batch, group and layer normalisation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from secateur.coupling.labels import Algebra, Factor, Labels
+from secateur.coupling.rules.state import (
+    NotCovered,
+    State,
+    extra_extent,
+    rule,
+)
+from secateur.coupling.tape import Node, Ref
+
+
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "cudnn_batch_norm",
+    "batch_norm",
+)
+def batch_norm(state: State, node: Node) -> list[Labels | None]:
+    """Per channel; with an affine weight and bias, a dead channel is zero again after it."""
+    algebra = state.algebra
+    data = state.of(node.args[0])
+    rank = len(data.shape)
+    if not isinstance(node.args[4] if len(node.args) > 4 else None, Ref):  # batch statistics
+        data = algebra.collapse(data, [dim for dim in range(rank) if dim != 1], "batch statistics run over it")
+    tensors, variance = [data], -1
+    affine = isinstance(node.args[1], Ref) and isinstance(node.args[2], Ref)
+    for position in range(1, 5):
+        leaf = node.args[position] if position < len(node.args) else None
+        if isinstance(leaf, Ref):
+            shape = (1, data.shape[1]) + (1,) * (rank - 2)
+            tensors.append(algebra.reshape(state.of(leaf), shape))
+            if position == 4:
+                variance = len(tensors) - 1
+                _fill_with_one(state, leaf)
+    state.role(node.args[1], 0, "scale")
+    joined, shape = algebra.align(tensors, "normalised with statistics of fixed size")
+    factors = []
+    for j in joined:
+        decisive = j.zeros[1:3] if affine else [zero for number, zero in enumerate(j.zeros) if number != variance]
+        zero = all(decisive)
+        factors.append(j.factor(zero))
+    return [Labels(shape, tuple(factors)), *[None] * (len(node.outputs) - 1)]
+
+
+def _fill_with_one(state: State, variance: Ref) -> None:
+    """A running variance of 0 would divide by almost nothing: removed entries hold 1 instead."""
+    origin = state.origins.get(variance.value)
+    if origin is None:
+        raise NotCovered
+    state.fills[origin[0]] = 1.0
+
+
+@rule("native_group_norm")
+def group_norm(state: State, node: Node) -> list[Labels | None]:
+    """Statistics run over the channels of a group, so whole groups go."""
+    algebra, data, groups = state.algebra, state.of(node.args[0]), int(node.args[6])
+    rank, channels = len(data.shape), data.shape[1]
+    data = algebra.collapse(data, [dim for dim in range(rank) if dim != 1], "group statistics run over it")
+    grouped = (groups, channels // groups)
+    why = "group statistics run over the channels of a normalisation group"
+    parts = [_group_rows(algebra, data.only(1), grouped, why)]
+    for position in (1, 2):
+        if isinstance(node.args[position], Ref):
+            parts.append(_group_rows(algebra, state.of(node.args[position]), grouped, why))
+    joined, _ = algebra.align(parts, why)
+    zero_from = parts[1:] if len(parts) == 3 else parts
+    factors = []
+    for j in joined:
+        zero = all(j.zeros[1:]) if len(zero_from) == 2 else all(j.zeros)
+        ids = np.broadcast_to(j.ids, grouped).reshape((1, channels) + (1,) * (rank - 2))
+        factors.append(Factor(ids, zero))
+    _require_norm_groups(state, node, Labels((groups,), tuple(Factor(j.ids[:, 0], True) for j in joined)), groups)
+    return [Labels(state.shape(node), tuple(factors)), *[None] * (len(node.outputs) - 1)]
+
+
+def _group_rows(algebra: Algebra, vector: Labels, shape: tuple[int, int], why: str) -> Labels:
+    rows = Labels(shape, tuple(factor.on(factor.ids.reshape(shape)) for factor in vector.factors))
+    return algebra.collapse(rows, [1], why)
+
+
+def _require_norm_groups(state: State, node: Node, groups: Labels, count: int) -> None:
+    call = node.call
+    if call is None or call.name != "group_norm":
+        raise NotCovered
+    number = call.args[1] if len(call.args) > 1 else call.kwargs["num_groups"]
+    state.require(node, number, extra_extent(state, groups) if groups.factors and count > 1 else count)
+    state.explained.add(id(call))
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def layer_norm(state: State, node: Node) -> list[Labels | None]:
+    """Statistics run over the normalised dimensions: they keep their width."""
+    algebra, data = state.algebra, state.of(node.args[0])
+    count = len(node.args[1])
+    dims = list(range(len(data.shape) - count, len(data.shape)))
+    for dim in dims:
+        data = algebra.lock_dim(data, dim, "normalised over this width")
+    parts = [data, *(state.of(leaf) for leaf in node.args[2:4] if isinstance(leaf, Ref))]
+    joined, shape = algebra.align(parts, "normalised over this width")
+    return [Labels(shape, tuple(j.factor(False) for j in joined)), *[None] * (len(node.outputs) - 1)]

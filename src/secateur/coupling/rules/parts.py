@@ -1,0 +1,216 @@
+"""Parts of tensors: slices, splits, concatenation, padding, rearranged blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from secateur.coupling.labels import Factor, Labels
+from secateur.coupling.rules.state import Extent, Requirement, State, argument, rule
+from secateur.coupling.sizes import Size
+from secateur.coupling.tape import Node
+
+
+@rule("slice")
+def slice_positions(state: State, node: Node) -> list[Labels]:
+    """A range of positions; its bounds must follow the channels before them."""
+    data = state.of(node.args[0])
+    dim = int(argument(node, 1, "dim", 0)) % len(data.shape)
+    size = data.shape[dim]
+    start, stop = argument(node, 2, "start", None), argument(node, 3, "end", None)
+    step = int(argument(node, 4, "step", 1))
+    positions = np.arange(size)[slice(start, stop, step)]
+    if data.covered(dim) and len(positions) < size:
+        data = _require_bounds(state, node, data, dim, int(positions[0]), int(positions[-1]) + 1, step)
+    return [state.algebra.take(data, dim, positions)]
+
+
+def _require_bounds(state: State, node: Node, data: Labels, dim: int, first: int, last: int, step: int) -> Labels:
+    """Bounds as the user's code computed them, or a lock where it says nothing about them."""
+    call, value = node.call, node.args[0].value
+    bounds = _key_slices(call.args[1], len(data.shape)).get(dim) if call and call.name == "__getitem__" else None
+    if bounds is None or step != 1 or any(isinstance(b, int) and b < 0 for b in (bounds.start, bounds.stop)):
+        return state.algebra.lock_dim(data, dim, "channels are picked by fixed positions")
+    state.explained.add(id(call))
+    if first > 0:
+        state.require(node, bounds.start, Extent(value, dim, first))
+    if last < data.shape[dim]:
+        state.require(node, bounds.stop, Extent(value, dim, last))
+    return data
+
+
+def _key_slices(key: Any, rank: int) -> dict[int, slice]:
+    """The slices of an indexing key by the dimension they meet, as indexing applies them one after another."""
+    entries = list(key) if isinstance(key, (tuple, list)) else [key]
+    used = sum(1 for entry in entries if entry is not None and entry is not Ellipsis)
+    slices, dim = {}, 0
+    for entry in entries:
+        if isinstance(entry, slice):
+            slices[dim] = entry
+        if entry is Ellipsis:
+            dim += rank - used
+        elif not (isinstance(entry, int) and not isinstance(entry, bool)):
+            dim += 1
+    return slices
+
+
+@rule("select")
+def select(state: State, node: Node) -> list[Labels]:
+    """One position: it must stay where it is."""
+    data = state.of(node.args[0])
+    dim = int(node.args[1]) % len(data.shape)
+    position = int(node.args[2]) % data.shape[dim]
+    if any(factor.span == (dim,) for factor in data.factors):
+        data = state.algebra.lock_dim(data, dim, "a single channel is picked out")
+    else:  # a packed projection: all its parts must stay
+        _require_all(state, node, data, dim)
+    return [state.algebra.reshape(state.algebra.take(data, dim, np.array([position])), state.shape(node))]
+
+
+def _require_all(state: State, node: Node, data: Labels, dim: int) -> None:
+    if data.covered(dim):
+        state.require(node, data.shape[dim], Extent(node.args[0].value, dim, data.shape[dim]))
+
+
+@rule("unbind")
+def unbind(state: State, node: Node) -> list[Labels]:
+    """Every position as a tensor of its own: all of them must stay."""
+    data = state.of(node.args[0])
+    dim = int(argument(node, 1, "dim", 0)) % len(data.shape)
+    _require_all(state, node, data, dim)
+    take = state.algebra.take
+    parts = [take(data, dim, np.array([position])) for position in range(data.shape[dim])]
+    return [state.algebra.reshape(part, state.shape(node, number)) for number, part in enumerate(parts)]
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk")
+def split(state: State, node: Node) -> list[Labels]:
+    """Consecutive parts; their sizes must follow."""
+    data = state.of(node.args[0])
+    dim = int(argument(node, 2, "dim", 0)) % len(data.shape)
+    sizes = [state.shape(node, number)[dim] for number in range(len(node.outputs))]
+    if data.covered(dim):
+        data = _require_parts(state, node, data, dim, sizes)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(state.algebra.take(data, dim, np.arange(start, start + size)))
+        start += size
+    return parts
+
+
+def _require_parts(state: State, node: Node, data: Labels, dim: int, sizes: Sequence[int]) -> Labels:
+    call = node.call
+    if call is None or call.name not in ("chunk", "split", "split_with_sizes"):
+        return state.algebra.lock_dim(data, dim, "split by fixed sizes")
+    extents = [Extent(value, dim, size) for value, size in zip(node.outputs, sizes, strict=True)]
+    if call.name == "chunk":
+        if len(set(sizes)) > 1 or len(sizes) != _chunks(call.args, call.kwargs):
+            return state.algebra.lock_dim(data, dim, "split into unequal chunks")
+        numbers: list[Any] = [None] * len(sizes)
+    else:
+        given = call.args[1] if len(call.args) > 1 else next(iter(call.kwargs.values()))
+        numbers = list(given) if isinstance(given, (list, tuple)) else [given] * len(sizes)
+        state.explained.add(id(call))
+    first = Size(node.outputs[0], dim)
+    for number, extent in zip(numbers, extents, strict=True):
+        if number is None:
+            state.requirements.append(Requirement(first, extent, node.place))
+        else:
+            state.require(node, number, extent)
+    return data
+
+
+def _chunks(args: Sequence[Any], kwargs: Any) -> int:
+    return index(args[1] if len(args) > 1 else kwargs["chunks"])
+
+
+@rule("cat", "concat")
+def concatenate(state: State, node: Node) -> list[Labels]:
+    """Parts one after another."""
+    parts = [state.of(part) for part in node.args[0]]
+    dim = int(argument(node, 1, "dim", 0)) % len(state.shape(node))
+    return [state.algebra.concatenate(parts, dim)]
+
+
+@rule("stack")
+def stack(state: State, node: Node) -> list[Labels]:
+    """Parts along a new dimension."""
+    rank = len(state.shape(node))
+    dim = int(argument(node, 1, "dim", 0)) % rank
+    parts = []
+    for part in node.args[0]:
+        labels = state.of(part)
+        parts.append(state.algebra.reshape(labels, (*labels.shape[:dim], 1, *labels.shape[dim:])))
+    return [state.algebra.concatenate(parts, dim)]
+
+
+@rule("constant_pad_nd")
+def pad(state: State, node: Node) -> list[Labels]:
+    """Constant entries around: padded channels are fixed."""
+    data, widths, value = state.of(node.args[0]), node.args[1], argument(node, 2, "value", 0)
+    for number in range(0, len(widths), 2):
+        dim = len(data.shape) - 1 - number // 2
+        before, after = int(widths[number]), int(widths[number + 1])
+        if (before or after) and min(before, after) < 0:
+            data = state.algebra.lock_dim(data, dim, "cropped by fixed sizes")
+            data = Labels(_resized(data.shape, dim, before + after), data.factors)
+        elif before or after:
+            factors = []
+            for factor in data.factors:
+                around = [(before, after) if d == dim else (0, 0) for d in range(len(data.shape))]
+                factors.append(factor.on(np.pad(factor.ids, around)) if factor.spans(dim) else factor)
+            data = Labels(_resized(data.shape, dim, before + after), tuple(factors))
+    return [data if value == 0 else data.with_zero(False)]
+
+
+def _resized(shape: tuple[int, ...], dim: int, by: int) -> tuple[int, ...]:
+    return tuple(size + by if d == dim else size for d, size in enumerate(shape))
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(state: State, node: Node) -> list[Labels]:
+    """Channels to positions or back: r * r channels that become one go together."""
+    data, factor = state.of(node.args[0]), int(node.args[1])
+    *batch, channels, height, width = data.shape
+    n, algebra = len(batch), state.algebra
+    lead = list(range(n))
+    if node.name == "aten.pixel_shuffle":
+        shape = (*batch, channels // factor**2, factor, factor, height, width)
+        order = [*lead, n, n + 3, n + 1, n + 4, n + 2]
+        data = algebra.collapse(algebra.reshape(data, shape), [n + 1, n + 2, n + 3, n + 4], "become one channel")
+    else:
+        shape = (*batch, channels, height // factor, factor, width // factor, factor)
+        order = [*lead, n, n + 2, n + 4, n + 1, n + 3]
+        data = algebra.collapse(algebra.reshape(data, shape), [n + 1, n + 3], "positions become channels")
+        data = algebra.collapse(data, [n + 2, n + 4], "positions become channels")
+    moved = algebra.permute(data, order)
+    if node.name == "aten.pixel_unshuffle":
+        full = [
+            Factor(np.broadcast_to(f.ids, (*f.ids.shape[: n + 1], factor, factor, 1, 1)), f.zero) for f in moved.factors
+        ]
+        moved = Labels(moved.shape, tuple(full))
+    return [algebra.reshape(moved, state.shape(node))]
+
+
+@rule("embedding")
+def embedding(state: State, node: Node) -> list[Labels]:
+    """Rows of the table by index: the columns are channels, the rows are all needed."""
+    table = state.algebra.lock_dim(state.of(node.args[0]), 0, "entries are looked up by number")
+    state.role(node.args[0], 1, "output")
+    rank = len(state.shape(node))
+    factors = [f.on(f.ids.reshape((1,) * (rank - 1) + (-1,))) for f in table.factors]
+    return [Labels(state.shape(node), tuple(factors))]
+
+
+@rule("glu")
+def glu(state: State, node: Node) -> list[Labels]:
+    """First half times the sigmoid of the second: equal positions of the halves go together."""
+    data, algebra = state.of(node.args[0]), state.algebra
+    dim = int(argument(node, 1, "dim", -1)) % len(data.shape)
+    half = data.shape[dim] // 2
+    first, second = (algebra.take(data, dim, np.arange(k * half, (k + 1) * half)) for k in (0, 1))
+    joined, shape = algebra.align([first, second], "gated by a tensor of fixed size")
+    return [Labels(shape, tuple(j.factor(j.zeros[0]) for j in joined))]

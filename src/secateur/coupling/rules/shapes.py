@@ -1,0 +1,126 @@
+"""The same elements in another shape or order, and new tensors like old ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch.utils._pytree import tree_leaves
+
+from secateur.coupling.labels import Factor, Labels
+from secateur.coupling.rules.state import Extent, NotCovered, State, rule
+from secateur.coupling.tape import Node, Ref
+
+_MEETING_CALLS = ("matmul", "__matmul__", "bmm", "einsum")  # what they expand meets the tensor it was expanded for
+_SIZED_CALLS = ("view", "reshape", "unflatten", "expand", "broadcast_to")
+
+
+@rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "unflatten", "flatten", "_reshape_alias")
+def view(state: State, node: Node) -> list[Labels]:
+    """Same elements in another shape; sizes in the user's code must follow."""
+    data, shape = state.of(node.args[0]), state.shape(node)
+    if math.prod(data.shape) != math.prod(shape):
+        raise NotCovered
+    _require_sizes(state, node, len(data.shape))
+    return [state.algebra.reshape(data, shape)]
+
+
+def _require_sizes(state: State, node: Node, rank_before: int) -> None:
+    """Tie the sizes that user code passed to a view to the live lengths of the result."""
+    call = node.call
+    if call is None or call.name not in _SIZED_CALLS:
+        _lock_models(state, node)
+        return  # sizes are computed from the live tensor
+    if call.name == "unflatten":
+        dim, sizes = call.args[1] % rank_before, call.args[2]
+    else:
+        rest = call.args[1:] or tuple(call.kwargs.values())
+        dim, sizes = 0, rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+    if call.name in ("view", "reshape", "expand", "broadcast_to") and len(sizes) != len(state.shape(node)):
+        return  # an inner step of the call; the step with the final shape is checked
+    if not all(isinstance(size, int) for size in sizes):
+        raise NotCovered
+    state.explained.add(id(call))
+    shape, result = state.shape(node), node.outputs[0]
+    for offset, size in enumerate(sizes):
+        if size != -1:
+            state.require(node, size, Extent(result, dim + offset, shape[dim + offset]))
+
+
+def _lock_models(state: State, node: Node) -> None:
+    """`expand_as` and `view_as` take their sizes from a tensor that the op itself does not see: it keeps its size."""
+    call, grows = node.call, state.shape(node) != state.of(node.args[0]).shape
+    if call is None or not grows or not (call.name.endswith("_as") or node.name == "aten.expand"):
+        return
+    if call.name in _MEETING_CALLS:
+        return
+    for other in tree_leaves([*call.args, *call.kwargs.values()], is_leaf=lambda x: isinstance(x, Ref)):
+        if isinstance(other, Ref) and other != node.args[0]:
+            state.algebra.lock(state.of(other), f"gives {call.name} its size")
+
+
+@rule("expand")
+def expand(state: State, node: Node) -> list[Labels]:
+    """Repeated without a copy."""
+    data, shape = state.of(node.args[0]), state.shape(node)
+    _require_sizes(state, node, len(data.shape))
+    return [Labels(shape, _padded_factors(data, len(shape)))]
+
+
+def _padded_factors(labels: Labels, rank: int) -> tuple[Factor, ...]:
+    extra = (1,) * (rank - len(labels.shape))
+    return tuple(factor.on(factor.ids.reshape(extra + factor.ids.shape)) for factor in labels.factors)
+
+
+@rule("repeat")
+def repeat(state: State, node: Node) -> list[Labels]:
+    """Tiled: every copy hangs on the same channels."""
+    data, times = state.of(node.args[0]), [int(count) for count in node.args[1]]
+    rank = len(times)
+    factors = []
+    for factor in _padded_factors(data, rank):
+        factors.append(factor.on(np.tile(factor.ids, [times[d] if factor.spans(d) else 1 for d in range(rank)])))
+    return [Labels(state.shape(node), tuple(factors))]
+
+
+@rule("t", "transpose", "permute", "numpy_T")
+def permute(state: State, node: Node) -> list[Labels]:
+    """Dimensions in another order."""
+    data = state.of(node.args[0])
+    order = _order(node, len(data.shape))
+    origin = state.origins.get(node.args[0].value)
+    if origin is not None:
+        state.origins[node.outputs[0]] = origin[0], tuple(origin[1][dim] for dim in order)
+    return [state.algebra.permute(data, order)]
+
+
+def _order(node: Node, rank: int) -> list[int]:
+    if node.name == "aten.permute":
+        return [int(dim) % rank for dim in node.args[1]]
+    order = list(range(rank))
+    if node.name == "aten.transpose":
+        a, b = (int(dim) % rank for dim in node.args[1:3])
+        order[a], order[b] = order[b], order[a]
+        return order
+    return order[::-1]
+
+
+@rule("detach", "clone", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "dropout")
+def same(state: State, node: Node) -> list[Labels]:
+    """The same elements."""
+    origin = state.origins.get(node.args[0].value)
+    if origin is not None:
+        state.origins[node.outputs[0]] = origin
+    return [state.of(node.args[0])]
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+def like(state: State, node: Node) -> list[Labels]:
+    """A new tensor of the same size."""
+    return [state.of(node.args[0]).with_zero(node.name == "aten.zeros_like")]
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def new(state: State, node: Node) -> list[Labels]:
+    """A new tensor of a size given in the code, fixed."""
+    return [Labels(state.shape(node))]

@@ -1,0 +1,105 @@
+"""What the rules read and add to, and the table they enter themselves into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from secateur.coupling.labels import Algebra, Ids, Labels
+from secateur.coupling.sizes import Expression, expression_of
+from secateur.coupling.tape import Node, Ref, Tape
+
+
+class NotCovered(Exception):  # noqa: N818  # a signal between rules and the propagation, never seen outside
+    """This form of the op has no rule."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The number of live positions along `dim` of a value, up to (not including) position `stop`."""
+
+    value: int
+    dim: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """`expression`, evaluated on the shrunk model, must equal `extent` (an int: must keep its value)."""
+
+    expression: Expression
+    extent: Extent | int
+    place: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of one op: a constant times the live lengths of some dimensions (atom ids)."""
+
+    constant: int
+    lengths: tuple[Ids, ...]
+
+
+@dataclass
+class State:
+    """What the rules read and add to."""
+
+    tape: Tape
+    algebra: Algebra
+    labels: list[Labels]  # by value
+    origins: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # value -> leaf, its dims in order
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)  # (leaf, dim) -> output | input | scale
+    copies: dict[str, int] = field(default_factory=dict)  # leaf -> output channels per position of its output dimension
+    fills: dict[str, float] = field(default_factory=dict)  # leaves whose removed entries are not zero
+    requirements: list[Requirement] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    explained: set[int] = field(default_factory=set)  # calls (by id) whose traced integers a rule has accounted for
+
+    def of(self, argument: Any) -> Labels:
+        """The labels of a tensor argument."""
+        if not isinstance(argument, Ref):
+            raise NotCovered
+        return self.labels[argument.value]
+
+    def shape(self, node: Node, output: int = 0) -> tuple[int, ...]:
+        """The recorded shape of an output."""
+        return self.tape.values[node.outputs[output]].shape
+
+    def role(self, argument: Any, dim: int, role: str) -> None:
+        """Note that `dim` of a leaf argument is an output or input dimension of a layer."""
+        origin = self.origins.get(argument.value) if isinstance(argument, Ref) else None
+        if origin is not None:
+            self.roles.setdefault((origin[0], origin[1][dim]), role)
+
+    def require(self, node: Node, number: Any, extent: Extent | int) -> None:
+        """The number in the user's code must follow the extent."""
+        self.requirements.append(Requirement(expression_of(number), extent, node.place))
+
+
+Rule = Callable[[State, Node], Sequence[Labels | None]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Enter a function into the table under the given op names."""
+
+    def enter(function: Rule) -> Rule:
+        for name in names:
+            RULES[f"aten.{name}"] = function
+        return function
+
+    return enter
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by name."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def extra_extent(state: State, labels: Labels) -> Extent:
+    """The extent of labels that belong to no recorded value."""
+    state.labels.append(labels)
+    return Extent(len(state.labels) - 1, 0, labels.shape[0])
