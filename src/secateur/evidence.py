@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from secateur.batches import Forward, Loss, default_forward, default_loss, move
 from secateur.coupling.groups import Graph, Group, Slot
 from secateur.errors import DataError, InputError, UnknownNameError
-from secateur.inputs import check_model
+from secateur.inputs import check_model, check_weights, private_copy
 from secateur.plans import check_shapes, tensor_shapes
 
 NEEDS = ("gradient",)
@@ -70,6 +69,7 @@ def observe(
         if need not in NEEDS:
             raise UnknownNameError("need", need, NEEDS)
     tensors = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    check_weights(model)
     if not needs:
         return Evidence(tensors)
     if data is None:
@@ -81,7 +81,7 @@ def observe(
 def _gradient_pass(
     model: nn.Module, graph: Graph, data: Iterable[Any], forward: Forward, loss: Loss
 ) -> tuple[dict[str, Tensor], int]:
-    private = copy.deepcopy(model).eval()
+    private = private_copy(model).eval()
     parameters = dict(private.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -90,9 +90,11 @@ def _gradient_pass(
     batches = 0
     for raw in data:
         batch = move(raw, device)
-        value = loss(forward(private, batch), batch)
-        if value.dim() != 0:
-            raise InputError(f"loss(output, batch) must return a scalar; got shape {list(value.shape)}.")
+        with torch.inference_mode(False), torch.enable_grad():
+            value = loss(forward(private, batch), batch)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"loss(output, batch) must return a scalar tensor; got {got}.")
         if not torch.isfinite(value):
             raise DataError(f"the loss is {value.item()} on batch {batches}: check the data for NaN or infinity.")
         private.zero_grad(set_to_none=True)

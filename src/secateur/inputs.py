@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import ExampleInputsError, ModelError
@@ -76,8 +79,13 @@ def check_model(model: Any) -> None:
     """Raise ModelError, saying how to unwrap it, unless `model` is a plain nn.Module."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelError(f"parameter {name!r} has no shape yet (a lazy module): run the model once first.")
     for name, module in model.named_modules():
         where = f"submodule {name!r} is" if name else "the model is"
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            raise ModelError(f"{where} masked by torch.nn.utils.prune: call `prune.remove(module, name)` on it first.")
         kind = type(module).__name__
         if kind in _UNWRAP and type(module).__module__.startswith("torch."):
             raise ModelError(f"{where} {_UNWRAP[kind]}")
@@ -85,6 +93,12 @@ def check_model(model: Any) -> None:
             raise ModelError(f"{where} scripted: prune the Python module first, then script the result.")
         if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
             raise ModelError(f"{where} quantised ({kind}): prune the float model first, then quantise the result.")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise ModelError for a model on the meta device: it has shapes to trace, but no numbers."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the model is on the meta device: it can be traced, but has no weights to judge or compare.")
 
 
 def check_devices(model: nn.Module, inputs: Inputs) -> None:
@@ -99,6 +113,16 @@ def check_devices(model: nn.Module, inputs: Inputs) -> None:
                 f"the example inputs are on {tensor.device}, the model is on {device}: "
                 f"move them with `.to({str(device)!r})`."
             )
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`. Activations that modules keep as attributes are copied as plain tensors."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in tree_leaves(list(vars(module).values())):
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:  # deepcopy refuses what autograd computed
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from secateur.coupling.groups import Graph, trace
 from secateur.criteria.table import Criterion, needs_of, resolve, score
 from secateur.errors import InputError, TargetError
 from secateur.evidence import observe
+from secateur.inputs import check_model, check_weights
 from secateur.plans import Plan, human
 from secateur.repairing import repair
 from secateur.schedules import Schedule
@@ -101,6 +102,8 @@ def prune(
     """
     goal = _goal(sparsity, target)
     resolve(criterion)
+    check_model(model)
+    check_weights(model)
     graph = trace(model, example_inputs, ignore=ignore)
     facts = observe(model, graph, data, needs_of(criterion), forward=forward, loss=loss)
     scores = score(graph, facts, criterion, seed=seed)
@@ -138,17 +141,15 @@ def prune_steps(
         raise InputError(f"steps is a whole number, at least 1; got {steps!r}.")
     due, needs = resolve_schedule(schedule), needs_of(criterion)
     graph = trace(model, example_inputs, ignore=ignore)
-    original = {group.name: group.channels for group in graph.groups}
-    dense = [group.channels for group in graph.groups]
-    macs, params = macs_of(graph)(dense), params_of(graph)(dense)
+    dense = graph
+    full = [group.channels for group in dense.groups]
+    macs, params = macs_of(dense)(full), params_of(dense)(full)
     total: Plan | None = None
     for number in range(1, steps + 1):
         facts = observe(model, graph, data, needs, forward=forward, loss=loss)
         scores = score(graph, facts, criterion, seed=seed + number - 1)
         goal = target.part(due(number / steps), macs, params)
-        plan = select(
-            graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least, original=original
-        )
+        plan = select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least, dense=dense)
         small = shrink(model, plan)
         difference = verify(model, plan, small, example_inputs)
         if data is not None:

@@ -47,8 +47,4 @@ def rebind_optimizer_(optimizer: torch.optim.Optimizer, model: nn.Module, small:
 def _carried(value: Any, parameter: Tensor, cuts: list[Cut]) -> Any:
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
-    strides = (
-        torch.channels_last if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last) else None
-    )
-    result = sliced(value, cuts)
-    return result if strides is None else result.contiguous(memory_format=strides)
+    return sliced(value, cuts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from secateur.batches import Forward, default_forward, move
 from secateur.errors import DataError, InputError
-from secateur.inputs import check_model
+from secateur.inputs import check_model, private_copy
 
 
 def repair(small: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, batches: int = 100) -> nn.Module:
@@ -25,7 +24,7 @@ def repair(small: nn.Module, data: Iterable[Any], *, forward: Forward | None = N
     check_model(small)
     if batches < 1:
         raise InputError(f"batches is how many batches to average over, at least 1; got {batches}.")
-    repaired = copy.deepcopy(small)
+    repaired = private_copy(small)
     norms = [m for m in repaired.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return repaired

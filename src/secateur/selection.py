@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, float64
 
-from secateur.coupling.groups import Graph, Group
+from secateur.coupling.groups import Graph, Slot
 from secateur.criteria.table import check_scores
 from secateur.errors import InputError, NothingToPruneError, TargetError, UnknownNameError
 from secateur.plans import Cut, Edit, Plan, Width, human
@@ -62,30 +63,32 @@ def select(
     round_to: int = 1,
     keep_at_least: int = 1,
     normalise: bool = True,
-    original: Mapping[str, int] | None = None,
+    dense: Graph | None = None,
 ) -> Plan:
     """Choose the channels to remove; see `Target` for how far.
 
     `scores`: per group name (channels,), higher means keep. `scope`: `layer`, every group loses the same fraction,
     rounded down; `global`, all channels compete, their scores first divided by their group's mean unless `normalise`
-    is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it. `keep_at_least`: channels
-    every group keeps. `original`: channels per group of the dense model, where `graph` is of an already shrunk one.
+    is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it. `keep_at_least`:
+    channels that every group keeps. `dense`: the graph of the model that the target is about, where `graph` is of a
+    model shrunk from it.
 
     Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
     not fit, NothingToPruneError when every group is locked.
     """
     _check_options(graph, scope, round_to, keep_at_least)
     check_scores(graph, scores)
-    blocks = _blocks(graph, scores, round_to, keep_at_least, normalise and scope == "global", original or {})
+    dense = dense or graph
+    blocks = _blocks(graph, dense, scores, round_to, keep_at_least, normalise and scope == "global")
     steps = _ordered_steps(blocks, scope)
     macs, params = macs_of(graph), params_of(graph)
     if isinstance(target.sparsity, Mapping):
         gone = _until_patterns(graph, blocks, target.sparsity)
     elif target.sparsity is not None:
-        gone = _until_sparsity(blocks, steps, target.sparsity, scope)
+        gone = _until_sparsity(graph, dense, blocks, steps, target.sparsity, scope)
     else:
-        dense = [group.channels for group in graph.groups]
-        goal = target.absolute(macs(dense), params(dense))
+        full = [group.channels for group in dense.groups]
+        goal = target.absolute(macs_of(dense)(full), params_of(dense)(full))
         gone = _until_budget(graph, blocks, steps, goal, {"max_macs": macs, "max_params": params})
     kept = [np.arange(group.channels) for group in graph.groups]
     for block, count in zip(blocks, gone, strict=True):
@@ -106,14 +109,10 @@ def _check_options(graph: Graph, scope: str, round_to: int, keep_at_least: int) 
 
 
 def _blocks(
-    graph: Graph,
-    scores: Mapping[str, Tensor],
-    round_to: int,
-    keep_at_least: int,
-    normalise: bool,
-    original: Mapping[str, int],
+    graph: Graph, dense: Graph, scores: Mapping[str, Tensor], round_to: int, keep_at_least: int, normalise: bool
 ) -> list[Block]:
     numbers = {group.name: number for number, group in enumerate(graph.groups)}
+    original = {group.signature: group.channels for group in dense.groups}
     balanced = {name: part for part in graph.balances for name in part}
     blocks = []
     for group in graph.prunable:
@@ -131,34 +130,45 @@ def _blocks(
                 groups=members,
                 orders=orders,
                 scores=np.mean(ranked, axis=0),
-                original=original.get(group.name, group.channels),
-                sizes=_step_sizes(group, round_to, keep_at_least),
+                original=original.get(group.signature, group.channels),
+                sizes=_step_sizes(graph, members, round_to, keep_at_least),
                 weight=sum(graph.groups[number].weight for number in members),
             )
         )
     return blocks
 
 
-def _step_sizes(group: Group, round_to: int, keep_at_least: int) -> tuple[int, ...]:
-    """How many channels each step removes, so that the width stays a multiple of `round_to`."""
-    multiple = round_to // math.gcd(round_to, group.positions)  # in channels
-    sizes: list[int] = []
-    left = group.channels
-    while True:
-        size = left % multiple or multiple
-        if left - size < max(keep_at_least, 1):
-            return tuple(sizes)
-        sizes.append(size)
-        left -= size
+def _step_sizes(graph: Graph, members: Sequence[int], round_to: int, keep_at_least: int) -> tuple[int, ...]:
+    """How many channels each step removes from every group of a block: widths end at multiples of `round_to`."""
+    groups = [graph.groups[number] for number in members]
+    floor = max(keep_at_least, *(group.least for group in groups))
+    lengths = [(slot.indices.shape[1], _fixed_positions(graph, slot)) for group in groups for slot in group.outputs]
+    channels = groups[0].channels
+    reachable = [channels]
+    for kept in range(channels - 1, floor - 1, -1):
+        if all((positions * kept + fixed) % round_to == 0 for positions, fixed in lengths):
+            reachable.append(kept)
+    return tuple(before - after for before, after in pairwise(reachable))
+
+
+def _fixed_positions(graph: Graph, slot: Slot) -> int:
+    """Positions along a slot's dimension that belong to locked groups."""
+    return sum(
+        other.indices.size
+        for group in graph.groups
+        if group.locked is not None
+        for other in group.slots
+        if (other.tensor, other.dim) == (slot.tensor, slot.dim)
+    )
 
 
 def _ordered_steps(blocks: Sequence[Block], scope: str) -> list[Step]:
     steps = []
     for number, block in enumerate(blocks):
         before = block.original - block.channels  # gone in earlier prunings
-        upto = 0
+        upto, score = 0, -math.inf
         for size in block.sizes:
-            score = float(block.scores[upto : upto + size].mean())
+            score = max(score, float(block.scores[upto : upto + size].mean()))  # rounding must not reorder equal scores
             upto += size
             key = score if scope == "global" else (before + upto) / block.original
             steps.append(Step(number, upto, size, key))
@@ -194,12 +204,15 @@ def _rounded_down(block: Block, fraction: float) -> int:
     return max(upto for upto in reachable if upto <= max(allowance, 0))
 
 
-def _until_sparsity(blocks: Sequence[Block], steps: Sequence[Step], sparsity: float, scope: str) -> list[int]:
+def _until_sparsity(
+    graph: Graph, dense: Graph, blocks: Sequence[Block], steps: Sequence[Step], sparsity: float, scope: str
+) -> list[int]:
     if scope == "layer":
         return [_rounded_down(block, sparsity) for block in blocks]
-    total = sum(block.weight * block.original for block in blocks)
-    left = math.floor(sparsity * total + 1e-9)
-    left -= sum(block.weight * (block.original - block.channels) for block in blocks)
+    now = {group.signature: group.channels for group in graph.groups}
+    before = sum(group.weight * group.channels for group in dense.prunable)
+    after = sum(group.weight * now.get(group.signature, 1) for group in dense.prunable)  # one of 1 is a group no more
+    left = math.floor(sparsity * before + 1e-9) - (before - after)
     gone = [0] * len(blocks)
     full: set[int] = set()
     for step in steps:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanMismatchError
-from secateur.inputs import check_model
+from secateur.inputs import check_model, private_copy
 from secateur.plans import Cut, Edit, Plan, tensor_shapes
 
 
@@ -21,7 +20,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     """
     check_model(model)
     plan.check(tensor_shapes(model))
-    small = copy.deepcopy(model)
+    small = private_copy(model)
     cuts: dict[str, list[Cut]] = {}
     for cut in plan.cuts:
         cuts.setdefault(cut.tensor, []).append(cut)
@@ -42,7 +41,7 @@ def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` in which every slot of the plan is zero (running variances 1): what `shrink` must equal."""
     check_model(model)
     plan.check(tensor_shapes(model))
-    zeroed = copy.deepcopy(model)
+    zeroed = private_copy(model)
     tensors = dict(_named_tensors(zeroed))
     with torch.no_grad():
         for cut in plan.cuts:
@@ -52,16 +51,20 @@ def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def sliced(tensor: Tensor, cuts: list[Cut]) -> Tensor:
-    """The entries of `tensor` that all `cuts` keep, contiguous."""
+    """The entries of `tensor` that all `cuts` keep, in its memory format."""
+    spread = tensor.dim() == 4 and not tensor.is_contiguous()
+    layout = torch.channels_last if spread and tensor.is_contiguous(memory_format=torch.channels_last) else None
     for cut in cuts:
         tensor = tensor.index_select(cut.dim, torch.tensor(cut.kept, device=tensor.device))
-    return tensor.contiguous()
+    return tensor.contiguous(memory_format=layout or torch.contiguous_format)
 
 
 def _sliced(old: Tensor, cuts: list[Cut]) -> Tensor:
     new = sliced(old.detach(), cuts)
     if isinstance(old, nn.Parameter):
-        return nn.Parameter(new, requires_grad=old.requires_grad)
+        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+        parameter.__dict__.update(old.__dict__)  # marks such as `no_weight_decay`
+        return parameter
     return new.requires_grad_(old.requires_grad)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ class Target:
             raise TargetError("nothing to aim for: pass sparsity=, max_macs= or max_params=.")
         if self.sparsity is not None and any(budget is not None for budget in budgets.values()):
             raise TargetError("pass either sparsity= or budgets (max_macs=, max_params=), not both.")
+        if isinstance(self.sparsity, Mapping) and not self.sparsity:
+            raise TargetError("sparsity={} names no layer: pass {layer pattern: fraction}.")
         for fraction in self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]:
             if fraction is not None:
                 _check_sparsity(fraction)
@@ -77,7 +80,7 @@ def _check_sparsity(value: object) -> None:
 
 
 def _check_budget(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise TargetError(f"{name} is what may at most remain, above 0; got {value!r}.")
     if isinstance(value, float) and value > 1:
         raise TargetError(

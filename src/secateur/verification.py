@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -11,7 +10,16 @@ from torch import Tensor, nn
 
 from secateur.coupling.tape import output_tensors
 from secateur.errors import VerificationError
-from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating, other_batch
+from secateur.inputs import (
+    Inputs,
+    as_inputs,
+    check_devices,
+    check_model,
+    check_weights,
+    evaluating,
+    other_batch,
+    private_copy,
+)
 from secateur.plans import Plan
 from secateur.shrinking import shrink, zero_channels
 
@@ -28,6 +36,7 @@ def verify(model: nn.Module, plan: Plan, small: nn.Module, example_inputs: Any) 
     """
     check_model(model)
     check_model(small)
+    check_weights(model)
     inputs = as_inputs(example_inputs)
     check_devices(model, inputs)
     zeroed = zero_channels(model, plan)
@@ -52,7 +61,7 @@ def _compare(zeroed: nn.Module, small: nn.Module, inputs: Inputs) -> tuple[float
 
 
 def _compare_in(zeroed: nn.Module, small: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[float, float]:
-    zeroed, small = (copy.deepcopy(m).to(device="cpu", dtype=dtype) for m in (zeroed, small))
+    zeroed, small = (private_copy(m).to(device="cpu", dtype=dtype) for m in (zeroed, small))
     batches = [_converted(inputs, dtype)]
     larger = other_batch(batches[0])
     worst, scale = 0.0, 0.0
@@ -113,7 +122,7 @@ def _is_blank(tensor: Tensor) -> bool:
 
 def _randomised(model: nn.Module) -> nn.Module:
     """A copy in which every tensor that is all zero holds small random numbers."""
-    awake = copy.deepcopy(model)
+    awake = private_copy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in awake.parameters():

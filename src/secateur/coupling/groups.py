@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from secateur.coupling.propagation import Base, propagate
@@ -19,7 +19,7 @@ from secateur.coupling.rules.state import State
 from secateur.coupling.sizes import Attribute
 from secateur.coupling.tape import Tape, record
 from secateur.errors import ExampleInputsError, InputError, SecateurError
-from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating
+from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating, private_copy
 from secateur.plans import tensor_shapes
 
 IGNORED = "ignored by the caller"
@@ -49,6 +49,7 @@ class Group:
     channels: int
     slots: tuple[Slot, ...]
     locked: str | None = None  # why nothing of it can go
+    least: int = 1  # channels that must stay: 2 where code would drop a dimension of length 1
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
@@ -65,6 +66,11 @@ class Group:
         """The output positions of one layer that one channel takes: more than 1 where channels go in blocks."""
         slots = self.outputs or self.slots
         return int(slots[0].indices.shape[1])
+
+    @property
+    def signature(self) -> tuple[tuple[str, int], ...]:
+        """The dimensions it touches: the same for the same group of a shrunk model."""
+        return tuple((slot.tensor, slot.dim) for slot in self.slots)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -135,7 +141,9 @@ class Graph:
 
 
 def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str | nn.Module] = ()) -> Graph:
-    """Find the groups of `model` by running a copy of it once on `example_inputs`, in eval mode, without gradients.
+    """Find the groups of `model` by running a copy of it once on copies of `example_inputs`, in eval mode.
+
+    What that one forward pass does is what is seen: layers that it does not use keep their shape.
 
     `ignore`: modules, names or patterns ("head", "layer4.*"): their outputs are locked, their inputs may shrink.
 
@@ -145,13 +153,13 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str | nn.Mo
     inputs = as_inputs(example_inputs)
     check_devices(model, inputs)
     ignored = _ignored_modules(model, ignore)
-    private = copy.deepcopy(model)
+    private = private_copy(model)
     with evaluating(private):
-        tape = _record(private, inputs)
+        tape = _record(private, inputs.map(torch.clone))
     state, base, unknown = propagate(tape)
-    for (tensor, dim), role in state.roles.items():
-        if role == "output" and tensor.rpartition(".")[0] in ignored and (tensor, dim) in base:
-            state.algebra.atoms.lock(base[tensor, dim], IGNORED)
+    for (tensor, dim), ids in base.items():
+        if tensor.rpartition(".")[0] in ignored and state.roles.get((tensor, dim)) != "input":
+            state.algebra.atoms.lock(ids, IGNORED)
     solution = solve(state, base)
     return _assemble(model, state, base, solution.classes, solution.attributes, solution.balances, unknown)
 
@@ -194,6 +202,9 @@ def _assemble(
     unknown: Counter[str],
 ) -> Graph:
     slots = _slots(state, base, classes)
+    flagged = [classes.of_root[state.algebra.atoms.find(ids)].ravel() for ids in state.at_least_two]
+    two = set(np.concatenate(flagged).tolist()) if flagged else set()
+    least = [2 if number in two else 1 for number in range(len(classes.members))]
     order: dict[str, int] = {}
     for tensor, _ in state.roles:
         order.setdefault(tensor, len(order))
@@ -202,7 +213,7 @@ def _assemble(
     position = {number: rank for rank, number in enumerate(listed)}
     names = _names([slots[number] for number in listed])
     groups = tuple(
-        Group(names[rank], len(classes.members[number]), slots[number], classes.locked[number])
+        Group(names[rank], len(classes.members[number]), slots[number], classes.locked[number], least[number])
         for rank, number in enumerate(listed)
     )
 

@@ -24,11 +24,14 @@ _OPAQUE_CALLS = ("scaled_dot_product_attention", "multi_head_attention_forward")
 def propagate(tape: Tape) -> tuple[State, Base, Counter[str]]:
     """The state after the whole tape, the atoms of every (leaf, dim), and the ops that had no rule."""
     state = State(tape, Algebra(), [Labels(value.shape) for value in tape.values])
-    base = _label_leaves(state)
+    base = _label_leaves(state, {ref for node in tape.nodes for ref in node.refs()} | set(tape.outputs))
     unknown: Counter[str] = Counter()
     for number, node in enumerate(tape.nodes):
         state.algebra.place = node.place
         _apply(state, node, number, unknown)
+    state.algebra.place = ""
+    for value in tape.exported:
+        state.algebra.lock(state.labels[value], "leaves torch, as a NumPy array or a list")
     for value in tape.outputs:
         for factor in state.labels[value].factors:
             state.algebra.atoms.lock(factor.ids, OUTPUT)
@@ -37,10 +40,12 @@ def propagate(tape: Tape) -> tuple[State, Base, Counter[str]]:
     return state, base, unknown
 
 
-def _label_leaves(state: State) -> Base:
+def _label_leaves(state: State, used: Collection[int]) -> Base:
+    """Fresh atoms along every dimension of the parameters and buffers that the forward pass reads."""
     base: Base = {}
     for number, value in enumerate(state.tape.values):
-        if value.leaf is None or value.leaf.kind not in ("parameter", "buffer") or not value.dtype.is_floating_point:
+        named = value.leaf is not None and value.leaf.kind in ("parameter", "buffer")
+        if value.leaf is None or not named or not value.dtype.is_floating_point or number not in used:
             continue
         factors = []
         for dim, size in enumerate(value.shape):
@@ -63,7 +68,7 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
     opaque = node.call is not None and node.call.name in _OPAQUE_CALLS
     results: list[Labels | None] = []
     try:
-        if rule is None or stale or opaque:
+        if rule is None or stale or opaque or "out" in node.kwargs:
             raise NotCovered
         results = list(rule(state, node))
     except NotCovered:

@@ -249,9 +249,9 @@ class Scope:
             (expression.right, expression.left, False),
         ):
             other = self.evaluate(known)
-            if other is None or not other.is_constant or not any(isinstance(x, Attribute) for x in mentioned(unknown)):
+            if other is None or not any(isinstance(x, Attribute) for x in mentioned(unknown)):
                 continue
-            inverse = _invert(expression.operation, target, other.constant, is_left)
+            inverse = _invert(expression.operation, target, other, is_left)
             if inverse is not None:
                 return self.solve_for(unknown, inverse)
         return None
@@ -279,20 +279,26 @@ def _compute(operation: str, left: Form, right: Form) -> Form | None:
         return None
     if not right.is_constant or not right.constant:
         return None
+    if operation == "mod":
+        rest = (left * (1 / right.constant)).is_whole  # then it divides without a rest, whatever is kept
+        return Form() if rest else Form(left.constant % right.constant) if left.is_constant else None
     if left.is_constant:
         return Form(Fraction(left.constant // right.constant))
     # a rest is refused at the end: until then a balance may still make the fractions whole
     return left * (1 / right.constant)
 
 
-def _invert(operation: str, target: Form, known: Fraction, unknown_is_left: bool) -> Form | None:
+def _invert(operation: str, target: Form, known: Form, unknown_is_left: bool) -> Form | None:
+    """What the unknown operand must be for the operation to give the target."""
     if operation == "add":
-        return target - Form(known)
+        return target - known
     if operation == "sub":
-        return target + Form(known) if unknown_is_left else Form(known) - target
+        return target + known if unknown_is_left else known - target
+    if not known.is_constant:
+        return None
     if operation == "mul":
-        return target * (1 / known) if known else None
-    return target * known if unknown_is_left else None
+        return target * (1 / known.constant) if known.constant else None
+    return target * known.constant if operation == "floordiv" and unknown_is_left else None
 
 
 def _balance(classes: Classes, difference: Form) -> list[tuple[int, int]] | None:

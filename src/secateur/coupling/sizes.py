@@ -3,6 +3,9 @@
 `reshape(b, self.groups, c // self.groups, h, w)` reaches the framework as five plain numbers. To know which of them
 will follow when channels go, and which attribute must change, the recorded forward pass runs with sizes and attributes
 that carry an expression along. An int that lost its expression is a literal, and a literal never follows.
+
+What leaves integer arithmetic (a division by the width, a comparison with it) *escapes*: it is noted with its value,
+and must keep that value in the shrunk model. Two numbers found equal must stay equal.
 """
 
 from __future__ import annotations
@@ -48,14 +51,15 @@ OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "sub": operator.sub,
     "mul": operator.mul,
     "floordiv": operator.floordiv,
+    "mod": operator.mod,
 }
 
 
 class TracedInt(int):
-    """An int with the expression it came from; arithmetic on it stays traced, anything else gives a plain number."""
+    """An int with the expression it came from; arithmetic on it stays traced, anything else escapes."""
 
     expression: Expression
-    escaped: Escapes  # what left integer arithmetic, shared by one recording
+    escaped: Escapes  # shared by one recording
 
     def __new__(cls, value: int, expression: Expression, escaped: Escapes) -> TracedInt:
         """`value`, computed by `expression`."""
@@ -64,31 +68,31 @@ class TracedInt(int):
         traced.escaped = escaped
         return traced
 
+    def escape(self) -> int:
+        """The plain number, noted as one whose further use nobody sees."""
+        self.escaped.append((self.expression, index(self)))
+        return index(self)
+
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (index(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> int:
         return index(self)
 
-    def _escape(self) -> int:
-        """The plain number, noted as one whose further use nobody sees: it must keep its value."""
-        self.escaped.append((self.expression, index(self)))
-        return index(self)
+    __hash__ = int.__hash__
 
-    def __int__(self) -> int:
-        return self._escape()
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)
+        if equal is True and isinstance(other, int):
+            self.escaped.append((Arithmetic("sub", self.expression, expression_of(other)), 0))
+        return bool(equal) if equal is not NotImplemented else equal
 
-    def __float__(self) -> float:
-        return float(self._escape())
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
 
-    def __truediv__(self, other: float) -> float:
-        return self._escape() / other
-
-    def __rtruediv__(self, other: float) -> float:
-        return other / self._escape()
-
-    def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        return pow(self._escape(), other, modulus)
+    def __neg__(self) -> TracedInt:
+        return TracedInt(-index(self), Arithmetic("sub", 0, self.expression), self.escaped)
 
 
 def _traced(name: str, *, reflected: bool) -> Callable[[TracedInt, Any], Any]:
@@ -97,7 +101,7 @@ def _traced(name: str, *, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     def method(self: TracedInt, other: Any) -> Any:
         if isinstance(other, bool) or not isinstance(other, int):
             if isinstance(other, float):
-                self._escape()
+                self.escape()
             return NotImplemented
         left, right = (other, self) if reflected else (self, other)
         value = compute(index(left), index(right))
@@ -106,9 +110,38 @@ def _traced(name: str, *, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     return method
 
 
+def _escaping(name: str) -> Callable[..., Any]:
+    compute = getattr(int, name)
+
+    def method(self: TracedInt, *others: Any) -> Any:
+        plain = [other.escape() if isinstance(other, TracedInt) else other for other in others]
+        return compute(self.escape(), *plain)
+
+    return method
+
+
 for _name in OPERATIONS:
     setattr(TracedInt, f"__{_name}__", _traced(_name, reflected=False))
     setattr(TracedInt, f"__r{_name}__", _traced(_name, reflected=True))
+for _name in ("int", "float", "abs", "lt", "le", "gt", "ge", "truediv", "rtruediv", "pow", "rpow", "divmod", "rdivmod"):
+    setattr(TracedInt, f"__{_name}__", _escaping(f"__{_name}__"))
+
+
+class TracedSize(tuple[int, ...]):
+    """A shape of traced integers, in place of a torch.Size (which cannot be subclassed)."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        entry = super().__getitem__(key)
+        return TracedSize(entry) if isinstance(key, slice) else entry
+
+    def numel(self) -> int:
+        """The product of the entries, which all escape."""
+        product = 1
+        for entry in self:
+            product *= entry.escape() if isinstance(entry, TracedInt) else entry
+        return product
 
 
 def expression_of(value: SupportsIndex) -> Expression:

@@ -22,11 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from secateur.coupling.sizes import Attribute, Escapes, Size, TracedInt
+from secateur.coupling.sizes import Attribute, Escapes, Size, TracedInt, TracedSize
+from secateur.errors import ModelError
 from secateur.inputs import Inputs
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FOLDER = str(Path(__file__).parent)
+_EXPORTS = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__)
 _LENGTHS = (torch.Tensor.__len__, torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]  # a getset descriptor
 
@@ -102,6 +104,7 @@ class Tape:
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    exported: list[int] = field(default_factory=list)  # values that left torch, as NumPy arrays or lists
     escaped: Escapes = field(default_factory=list)
 
 
@@ -116,22 +119,33 @@ def record(model: nn.Module, inputs: Inputs) -> Tape:
             with _Calls(recorder), _Ops(recorder):
                 output = inputs.call(model)
         recorder.tape.outputs = [recorder.ref(leaf).value for leaf in output_tensors(output)]
+        if not recorder.tape.outputs:
+            raise ModelError(
+                f"no tensor was found in the model's output, a {type(output).__name__}: cannot compare it."
+            )
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return recorder.tape
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors in a model's output: tensors, tuples, mappings and dataclasses, nested as they come."""
+    """The tensors in a model's output: in tuples, mappings and the attributes of objects, nested as they come."""
+    return _output_tensors(output, set())
+
+
+def _output_tensors(output: Any, seen: set[int]) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
+    if id(output) in seen or isinstance(output, (nn.Module, type)):
+        return []
+    seen.add(id(output))
     if isinstance(output, Mapping):
-        return [tensor for value in output.values() for tensor in output_tensors(value)]
-    if isinstance(output, (tuple, list)):
-        return [tensor for value in output for tensor in output_tensors(value)]
-    if hasattr(output, "__dataclass_fields__"):
-        return [tensor for name in output.__dataclass_fields__ for tensor in output_tensors(getattr(output, name))]
-    return []
+        parts = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = list(output)
+    else:
+        parts = list(getattr(output, "__dict__", {}).values())
+    return [tensor for part in parts for tensor in _output_tensors(part, seen)]
 
 
 class _Recorder:
@@ -216,11 +230,13 @@ class _Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base is u
     def __torch_dispatch__(
         self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         node = self._recorder.add_node(op, args, kwargs)
         written = []
         if op._schema.is_mutable:
-            for argument, value in zip(op._schema.arguments, args, strict=False):
+            given = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)} | kwargs
+            for argument in op._schema.arguments:
+                value = given.get(argument.name)
                 if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                     written.append(value)
         result = op(*args, **kwargs)
@@ -241,6 +257,8 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if function == _GET_SHAPE or function is torch.Tensor.size:
             return self._sizes(function(*args, **kwargs), args[0], args, kwargs)
+        if function in _EXPORTS and (number := self._recorder.known(args[0])) is not None:
+            self._recorder.tape.exported.append(number)
         if function in _LENGTHS:
             return self._length(function(*args, **kwargs), args[0], first_only=function is torch.Tensor.__len__)
         refs = _map_tensors(self._known, (list(args), dict(kwargs)))
@@ -264,7 +282,7 @@ class _Calls(TorchFunctionMode):
         if isinstance(result, int):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             return TracedInt(result, Size(number, dim % tensor.dim()), escaped)
-        return torch.Size([TracedInt(size, Size(number, dim), escaped) for dim, size in enumerate(result)])
+        return TracedSize([TracedInt(size, Size(number, dim), escaped) for dim, size in enumerate(result)])
 
     def _length(self, result: int, tensor: Tensor, *, first_only: bool) -> int:
         """`len(x)` and `x.numel()`: plain numbers, so the sizes in them must keep their values."""

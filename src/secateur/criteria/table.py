@@ -29,6 +29,8 @@ CRITERIA: dict[str, Criterion] = {
 def resolve(criterion: str | Criterion) -> Criterion:
     """The criterion of that name; a callable is its own. Raises UnknownNameError, suggesting the nearest name."""
     if not isinstance(criterion, str):
+        if not callable(criterion):
+            raise InputError(f"a criterion is a name or a callable (group, evidence) -> Tensor; got {criterion!r}.")
         return criterion
     if criterion not in CRITERIA:
         raise UnknownNameError("criterion", criterion, CRITERIA)

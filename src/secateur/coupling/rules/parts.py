@@ -32,7 +32,7 @@ def _require_bounds(state: State, node: Node, data: Labels, dim: int, first: int
     """Bounds as the user's code computed them, or a lock where it says nothing about them."""
     call, value = node.call, node.args[0].value
     bounds = _key_slices(call.args[1], len(data.shape)).get(dim) if call and call.name == "__getitem__" else None
-    if bounds is None or step != 1 or any(isinstance(b, int) and b < 0 for b in (bounds.start, bounds.stop)):
+    if bounds is None or step != 1 or any(isinstance(b, int) and index(b) < 0 for b in (bounds.start, bounds.stop)):
         return state.algebra.lock_dim(data, dim, "channels are picked by fixed positions")
     state.explained.add(id(call))
     if first > 0:

@@ -30,38 +30,60 @@ def pointwise(state: State, node: Node) -> list[Labels]:
     return [Labels(shape, tuple(factors)) for _ in node.outputs]
 
 
+# What an operand may hold: small, ordinary and large numbers of both signs. Each operand gets them in another order.
+_TRIALS = (0.0, 1e-3, -1e-3, 0.37, -0.6, 1.7, -2.3, 8.0, -11.0, 300.0, -400.0, 1e4, -3e4)
+_ORDERS = 5
+
+
 def _zero_at_zero(state: State, node: Node, refs: Sequence[int], zeros: Sequence[bool]) -> bool | None:
     """Whether the op gives 0 where the marked operands are 0, whatever the others are; None: it gives no number."""
-    result = True
-    for trial in (0.37, 1.7, -0.6, 0.0):
-        alive = _evaluate(state, node, refs, [trial] * len(refs))
-        dead = _evaluate(state, node, refs, [0.0 if zero else trial for zero in zeros])
-        if not torch.isfinite(alive).all():
-            continue
-        if not torch.isfinite(dead).all():
-            return None
-        result = result and bool((dead == 0).all())
-    return result
+    dtypes = [state.tape.values[ref].dtype for ref in refs]
+    key = node.op, str(_map_refs(node.args)), str(_map_refs(dict(node.kwargs))), tuple(zeros), tuple(dtypes)
+    if key not in state.zeros:
+        trials = [_operand(number, dtype) for number, dtype in enumerate(dtypes)]
+        try:
+            alive = _evaluate(node, trials)
+            dead = _evaluate(node, [torch.zeros_like(t) if z else t for t, z in zip(trials, zeros, strict=True)])
+        except RuntimeError as error:  # an operand that must be a scalar
+            raise NotCovered from error
+        meaningful = torch.isfinite(alive)
+        if not torch.isfinite(dead[meaningful]).all():
+            state.zeros[key] = None
+        else:
+            state.zeros[key] = bool((dead[meaningful] == 0).all())
+    return state.zeros[key]
 
 
-def _evaluate(state: State, node: Node, refs: Sequence[int], values: Sequence[float]) -> torch.Tensor:
-    """The op on one-element tensors."""
-    numbers = iter(zip(refs, values, strict=True))
+def _operand(number: int, dtype: torch.dtype) -> torch.Tensor:
+    """Trial values for one operand: over all orders, every value meets many values of the other operands."""
+    base = torch.tensor(_TRIALS, dtype=torch.float64)
+    values = torch.cat([base.roll(number * order) for order in range(_ORDERS)])
+    return values.to(dtype) if dtype.is_floating_point or dtype.is_complex else (values > 0).to(dtype)
 
-    def element(tree: Any) -> Any:
+
+def _map_refs(tree: Any) -> Any:
+    """The arguments with every tensor blanked out."""
+    if isinstance(tree, Ref):
+        return None
+    if isinstance(tree, dict):
+        return {name: _map_refs(entry) for name, entry in tree.items()}
+    return [_map_refs(entry) for entry in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _evaluate(node: Node, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The op on vectors of trial values, in float64."""
+    numbers = iter(operands)
+
+    def filled(tree: Any) -> Any:
         if isinstance(tree, Ref):
-            ref, value = next(numbers)
-            dtype = state.tape.values[ref].dtype
-            return torch.full((1,), value if dtype.is_floating_point else float(value > 0)).to(dtype)
-        if isinstance(tree, (list, tuple)):
-            return [element(entry) for entry in tree]
-        return tree
+            return next(numbers).clone()
+        return [filled(entry) for entry in tree] if isinstance(tree, (list, tuple)) else tree
 
-    args = [element(entry) for entry in node.args]
-    kwargs = {name: element(entry) for name, entry in node.kwargs.items() if name not in ("device", "out")}
+    args = [filled(entry) for entry in node.args]
+    kwargs = {name: filled(entry) for name, entry in node.kwargs.items() if name != "device"}
     result = node.op(*args, **kwargs)
     result = result[0] if isinstance(result, (tuple, list)) else result
-    return torch.as_tensor(result, dtype=torch.float64)
+    return torch.as_tensor(result).double()
 
 
 POINTWISE = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from secateur.coupling.labels import Labels
 from secateur.coupling.rules.state import NotCovered, State, argument, rule
 from secateur.coupling.tape import Node
@@ -52,7 +50,7 @@ def reduction(state: State, node: Node) -> list[Labels]:
         raise NotCovered
     dims = list(range(rank)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
     dims = [dim % rank for dim in dims]
-    sums = kind == "sum" or (kind == "linalg_vector_norm" and argument(node, 1, "ord", 2) not in (0, -math.inf))
+    sums = kind == "sum" or (kind == "linalg_vector_norm" and argument(node, 1, "ord", 2) > 0)
     reduced = state.algebra.reduce(data, dims, sums=sums, why=f"reduced by {kind} over channels")
     results = []
     for number in range(len(node.outputs)):
@@ -67,7 +65,7 @@ def along_a_dimension(state: State, node: Node) -> list[Labels]:
     data, kind = state.of(node.args[0]), node.name.removeprefix("aten.")
     rank = len(data.shape)
     position = 2 if kind in ("topk", "roll") else 1
-    dims = argument(node, position, "dims" if kind in ("flip", "roll") else "dim", -1)
+    dims = argument(node, position, "dims" if kind in ("flip", "roll") else "dim", [] if kind == "roll" else -1)
     dims = [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)] or list(range(rank))
     for dim in dims:
         data = state.algebra.collapse(data, [dim], f"{kind} runs along it")

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import math
+from operator import index
 
 import numpy as np
-from torch.utils._pytree import tree_leaves
 
 from secateur.coupling.labels import Factor, Labels
-from secateur.coupling.rules.state import Extent, NotCovered, State, rule
+from secateur.coupling.rules.state import Extent, NotCovered, Requirement, State, rule
+from secateur.coupling.sizes import Size
 from secateur.coupling.tape import Node, Ref
 
-_MEETING_CALLS = ("matmul", "__matmul__", "bmm", "einsum")  # what they expand meets the tensor it was expanded for
+_MEETING_CALLS = (
+    "matmul",
+    "__matmul__",
+    "bmm",
+    "einsum",
+    "normalize",
+)  # what they expand meets the tensor it was expanded for
 _SIZED_CALLS = ("view", "reshape", "unflatten", "expand", "broadcast_to")
 
 
-@rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "unflatten", "flatten", "_reshape_alias")
+@rule("squeeze")
+def squeeze(state: State, node: Node) -> list[Labels]:
+    """Drop dimensions of length 1; without a `dim`, a width that fell to 1 would be dropped too."""
+    if len(node.args) == 1:
+        state.at_least_two.extend(factor.ids for factor in state.of(node.args[0]).factors)
+    return view(state, node)
+
+
+@rule("view", "_unsafe_view", "reshape", "unsqueeze", "unflatten", "flatten", "_reshape_alias")
 def view(state: State, node: Node) -> list[Labels]:
     """Same elements in another shape; sizes in the user's code must follow."""
     data, shape = state.of(node.args[0]), state.shape(node)
@@ -29,10 +44,10 @@ def _require_sizes(state: State, node: Node, rank_before: int) -> None:
     """Tie the sizes that user code passed to a view to the live lengths of the result."""
     call = node.call
     if call is None or call.name not in _SIZED_CALLS:
-        _lock_models(state, node)
+        _follow_model(state, node)
         return  # sizes are computed from the live tensor
     if call.name == "unflatten":
-        dim, sizes = call.args[1] % rank_before, call.args[2]
+        dim, sizes = index(call.args[1]) % rank_before, call.args[2]
     else:
         rest = call.args[1:] or tuple(call.kwargs.values())
         dim, sizes = 0, rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
@@ -47,22 +62,36 @@ def _require_sizes(state: State, node: Node, rank_before: int) -> None:
             state.require(node, size, Extent(result, dim + offset, shape[dim + offset]))
 
 
-def _lock_models(state: State, node: Node) -> None:
-    """`expand_as` and `view_as` take their sizes from a tensor that the op itself does not see: it keeps its size."""
-    call, grows = node.call, state.shape(node) != state.of(node.args[0]).shape
-    if call is None or not grows or not (call.name.endswith("_as") or node.name == "aten.expand"):
-        return
-    if call.name in _MEETING_CALLS:
-        return
-    for other in tree_leaves([*call.args, *call.kwargs.values()], is_leaf=lambda x: isinstance(x, Ref)):
-        if isinstance(other, Ref) and other != node.args[0]:
-            state.algebra.lock(state.of(other), f"gives {call.name} its size")
+def _follow_model(state: State, node: Node) -> None:
+    """`view_as` takes its sizes from a tensor that the op itself does not see."""
+    other = _model(node, "view_as", "reshape_as")
+    if other is not None:
+        for dim, size in enumerate(state.shape(node)):
+            extent = Extent(node.outputs[0], dim, size)
+            state.requirements.append(Requirement(Size(other.value, dim), extent, node.place))
+
+
+def _model(node: Node, *calls: str) -> Ref | None:
+    """The other tensor of `x.view_as(other)` and its like."""
+    call = node.call
+    if call is None or call.name not in calls:
+        return None
+    other = call.args[1] if len(call.args) > 1 else call.kwargs.get("other")
+    if not isinstance(other, Ref):
+        raise NotCovered
+    return other
 
 
 @rule("expand")
 def expand(state: State, node: Node) -> list[Labels]:
-    """Repeated without a copy."""
+    """Repeated without a copy. As `expand_as`, the new positions come and go with those of the other tensor."""
     data, shape = state.of(node.args[0]), state.shape(node)
+    other = _model(node, "expand_as")
+    if other is not None and state.of(other).shape == shape:
+        joined, _ = state.algebra.align([data, state.of(other)], "expanded to a tensor of fixed size")
+        return [Labels(shape, tuple(j.factor(j.zeros[0]) for j in joined))]
+    if node.call is not None and node.call.name not in (*_SIZED_CALLS, *_MEETING_CALLS) and shape != data.shape:
+        raise NotCovered  # to sizes of which nothing is known
     _require_sizes(state, node, len(data.shape))
     return [Labels(shape, _padded_factors(data, len(shape)))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from secateur.coupling.labels import Algebra, Ids, Labels
 from secateur.coupling.sizes import Expression, expression_of
@@ -54,6 +54,8 @@ class State:
     fills: dict[str, float] = field(default_factory=dict)  # leaves whose removed entries are not zero
     requirements: list[Requirement] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
+    at_least_two: list[Ids] = field(default_factory=list)  # channels that must not become one
+    zeros: dict[Any, bool | None] = field(default_factory=dict)  # answers of pointwise ops on zeros
     explained: set[int] = field(default_factory=set)  # calls (by id) whose traced integers a rule has accounted for
 
     def of(self, argument: Any) -> Labels:
@@ -81,10 +83,13 @@ Rule = Callable[[State, Node], Sequence[Labels | None]]
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+R = TypeVar("R", bound=Rule)
+
+
+def rule(*names: str) -> Callable[[R], R]:
     """Enter a function into the table under the given op names."""
 
-    def enter(function: Rule) -> Rule:
+    def enter(function: R) -> R:
         for name in names:
             RULES[f"aten.{name}"] = function
         return function
