@@ -154,8 +154,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _savable(name: str, tensor: Tensor) -> Tensor:
     """The tensor's values in the CPU's memory, row by row. Raises ArtifactError where they have no such form."""
-    if nn.parameter.is_lazy(tensor):
-        raise ArtifactError(f"{name!r} has no values yet: run the model once before saving it.")
     if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
         raise ArtifactError(
             f"{name!r} cannot be saved: expected a dense tensor of an ordinary type, "

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from secateur.batches import Forward, Loss
 from secateur.coupling.groups import Graph, trace
 from secateur.criteria.table import Criterion, needs_of, resolve, score
-from secateur.errors import InputError, TargetError
+from secateur.errors import InputError, TargetError, VerificationError
 from secateur.evidence import observe
 from secateur.inputs import check_model, check_weights
 from secateur.plans import Plan, human
 from secateur.repairing import repair
 from secateur.schedules import Schedule
 from secateur.schedules import resolve as resolve_schedule
-from secateur.selection import select
+from secateur.selection import make_plan, select
 from secateur.shrinking import shrink
 from secateur.targets import Target, macs_of, params_of
 from secateur.verification import verify
@@ -107,9 +108,11 @@ def prune(
     graph = trace(model, example_inputs, ignore=ignore)
     facts = observe(model, graph, data, needs_of(criterion), forward=forward, loss=loss)
     scores = score(graph, facts, criterion, seed=seed)
-    plan = select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least)
-    small = shrink(model, plan)
-    difference = verify(model, plan, small, example_inputs)
+
+    def chosen(graph: Graph) -> Plan:
+        return select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least)
+
+    graph, plan, small, difference = _proved(model, graph, chosen, example_inputs)
     if data is not None:
         small = repair(small, data, forward=forward)
     return Pruned(small, plan, _summary(graph, plan, criterion, difference, repaired=data is not None))
@@ -149,9 +152,11 @@ def prune_steps(
         facts = observe(model, graph, data, needs, forward=forward, loss=loss)
         scores = score(graph, facts, criterion, seed=seed + number - 1)
         goal = target.part(due(number / steps), macs, params)
-        plan = select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least, dense=dense)
-        small = shrink(model, plan)
-        difference = verify(model, plan, small, example_inputs)
+
+        def chosen(graph: Graph, scores: Mapping[str, Tensor] = scores, goal: Target = goal) -> Plan:
+            return select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least, dense=dense)
+
+        graph, plan, small, difference = _proved(model, graph, chosen, example_inputs)
         if data is not None:
             small = repair(small, data, forward=forward)
         total = plan if total is None else total.then(plan)
@@ -160,6 +165,41 @@ def prune_steps(
         model = small
         if number < steps:
             graph = trace(model, example_inputs, ignore=ignore)
+
+
+def _proved(
+    model: nn.Module, graph: Graph, chosen: Callable[[Graph], Plan], example_inputs: Any
+) -> tuple[Graph, Plan, nn.Module, float]:
+    """The chosen plan, applied and verified. Groups that make the verification fail are locked, and named as such.
+
+    A size can reach the computation in ways that a recording does not see (`0.5 * x.shape[1]`). Then each group is
+    tried alone, the ones that fail are locked, and the choice is made once more.
+    """
+    plan = chosen(graph)
+    small = shrink(model, plan)
+    try:
+        return graph, plan, small, verify(model, plan, small, example_inputs)
+    except VerificationError:
+        narrowed = _lock_failing(model, graph, example_inputs)
+        if narrowed is graph:
+            raise
+    plan = chosen(narrowed)
+    small = shrink(model, plan)
+    return narrowed, plan, small, verify(model, plan, small, example_inputs)
+
+
+def _lock_failing(model: nn.Module, graph: Graph, example_inputs: Any) -> Graph:
+    """The graph with every group locked whose first channels cannot go alone."""
+    macs, params = macs_of(graph), params_of(graph)
+    for group in graph.prunable:
+        together = next((part for part in graph.balances if group.name in part), (group.name,))
+        kept = [np.arange(g.channels - (g.name in together and g.channels > 1)) for g in graph.groups]
+        plan = make_plan(graph, kept, macs, params)
+        try:
+            verify(model, plan, shrink(model, plan), example_inputs)
+        except VerificationError:
+            graph = graph.lock(group.name, "removing its channels failed the verification: a size cannot follow")
+    return graph
 
 
 def _goal(sparsity: float | Mapping[str, float] | None, target: Target | None) -> Target:

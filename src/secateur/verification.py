@@ -21,7 +21,7 @@ from secateur.inputs import (
     private_copy,
 )
 from secateur.plans import Plan
-from secateur.shrinking import shrink, zero_channels
+from secateur.shrinking import sliced, zero_channels
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}  # relative to the output's largest value
 
@@ -42,8 +42,8 @@ def verify(model: nn.Module, plan: Plan, small: nn.Module, example_inputs: Any) 
     zeroed = zero_channels(model, plan)
     worst, scale = _compare(zeroed, small, inputs)
     if scale == 0 or any(_is_blank(tensor) for tensor in model.parameters()):
-        awake = _randomised(model)
-        worst = max(worst, _compare(zero_channels(awake, plan), shrink(awake, plan), inputs)[0])
+        awake, awake_small = _randomised(model, small, plan)
+        worst = max(worst, _compare(zero_channels(awake, plan), awake_small, inputs)[0])
     return worst
 
 
@@ -120,16 +120,19 @@ def _is_blank(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and tensor.dim() > 0 and not bool(tensor.detach().any())
 
 
-def _randomised(model: nn.Module) -> nn.Module:
-    """A copy in which every tensor that is all zero holds small random numbers."""
-    awake = private_copy(model)
+def _randomised(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[nn.Module, nn.Module]:
+    """Copies of both models in which what is all zero in `model` holds small random numbers, the same in both."""
+    awake, awake_small = private_copy(model), private_copy(small)
+    targets = dict(awake_small.named_parameters())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in awake.parameters():
+        for name, parameter in awake.named_parameters():
             if _is_blank(parameter):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.copy_(0.1 * noise.to(parameter.device))
-    return awake
+                cuts = [cut for cut in plan.cuts if cut.tensor == name]
+                targets[name].copy_(sliced(parameter, cuts))
+    return awake, awake_small
 
 
 def _fits_in_double(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -117,6 +117,12 @@ class Graph:
     def prunable(self) -> tuple[Group, ...]:
         """The groups that are not locked."""
         return tuple(group for group in self.groups if group.locked is None)
+
+    def lock(self, name: str, reason: str) -> Graph:
+        """The same graph with a group, and those that must keep equal counts with it, locked."""
+        together = next((part for part in self.balances if name in part), (name,))
+        groups = tuple(replace(g, locked=reason) if g.name in together and not g.locked else g for g in self.groups)
+        return replace(self, groups=groups, balances=tuple(part for part in self.balances if name not in part))
 
     def __repr__(self) -> str:
         free = self.prunable

@@ -63,25 +63,26 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
     refs = node.refs()
     if not refs:
         return  # a new tensor: its size is checked by its traced integers
-    stale = any(_is_stale(state.tape, ref, number) for ref in refs)
+    for ref in refs:
+        if _is_stale(state.tape, ref, number):
+            _fix(state, ref, "reads memory that was written through another view")
     rule = rule_for(node)
     opaque = node.call is not None and node.call.name in _OPAQUE_CALLS
     results: list[Labels | None] = []
     try:
-        if rule is None or stale or opaque or "out" in node.kwargs:
+        if rule is None or opaque or "out" in node.kwargs:
             raise NotCovered
         results = list(rule(state, node))
     except NotCovered:
-        why = "reads memory that was written through another view" if stale else "no rule for this op"
-        if not stale:
-            unknown[node.call.name if opaque and node.call else node.name] += 1
-        _lock_arguments(state, refs, why)
+        unknown[node.call.name if opaque and node.call else node.name] += 1
+        for ref in refs:
+            state.algebra.lock(state.labels[ref], "no rule for this op")
     for output, labels in zip_longest(node.outputs, results):
         if output is not None and labels is not None:
             state.labels[output] = state.algebra.simplify(labels)
     for ref in refs:
-        if node.op._schema.is_mutable and state.tape.values[ref].stale_after == number:
-            _lock_arguments(state, [ref], "written through another view")
+        if state.tape.values[ref].stale_after == number:
+            _fix(state, ref, "written through another view")
 
 
 def _is_stale(tape: Tape, value: int, node: int) -> bool:
@@ -89,9 +90,10 @@ def _is_stale(tape: Tape, value: int, node: int) -> bool:
     return after is not None and after < node
 
 
-def _lock_arguments(state: State, refs: Collection[int], why: str) -> None:
-    for ref in refs:
-        state.algebra.lock(state.labels[ref], why)
+def _fix(state: State, value: int, why: str) -> None:
+    """Lock what a value hangs on; from here on it counts as fixed."""
+    state.algebra.lock(state.labels[value], why)
+    state.labels[value] = Labels(state.labels[value].shape)
 
 
 def _tie_remaining(state: State) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from secateur.coupling.labels import Labels
 from secateur.coupling.rules.state import NotCovered, State
@@ -40,7 +42,8 @@ def _zero_at_zero(state: State, node: Node, refs: Sequence[int], zeros: Sequence
     dtypes = [state.tape.values[ref].dtype for ref in refs]
     key = node.op, str(_map_refs(node.args)), str(_map_refs(dict(node.kwargs))), tuple(zeros), tuple(dtypes)
     if key not in state.zeros:
-        trials = [_operand(number, dtype) for number, dtype in enumerate(dtypes)]
+        numbers = [leaf for leaf in tree_leaves([list(node.args), dict(node.kwargs)]) if isinstance(leaf, (int, float))]
+        trials = [_operand(number, dtype, numbers) for number, dtype in enumerate(dtypes)]
         try:
             alive = _evaluate(node, trials)
             dead = _evaluate(node, [torch.zeros_like(t) if z else t for t, z in zip(trials, zeros, strict=True)])
@@ -54,9 +57,13 @@ def _zero_at_zero(state: State, node: Node, refs: Sequence[int], zeros: Sequence
     return state.zeros[key]
 
 
-def _operand(number: int, dtype: torch.dtype) -> torch.Tensor:
-    """Trial values for one operand: over all orders, every value meets many values of the other operands."""
-    base = torch.tensor(_TRIALS, dtype=torch.float64)
+def _operand(number: int, dtype: torch.dtype, constants: Sequence[float]) -> torch.Tensor:
+    """Trial values for one operand, on both sides of every constant (a threshold) among the arguments.
+
+    Over all orders, every value meets many values of the other operands.
+    """
+    near = [constant + shift for constant in constants for shift in (-1.0, 0.5 * abs(constant), 2 * abs(constant) + 1)]
+    base = torch.tensor([*_TRIALS, *(value for value in near if math.isfinite(value))], dtype=torch.float64)
     values = torch.cat([base.roll(number * order) for order in range(_ORDERS)])
     return values.to(dtype) if dtype.is_floating_point or dtype.is_complex else (values > 0).to(dtype)
 
