@@ -82,6 +82,8 @@ def check_model(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ModelError(f"parameter {name!r} has no shape yet (a lazy module): run the model once first.")
+        if type(parameter).__name__ == "DTensor":
+            raise ModelError(f"parameter {name!r} is sharded (fully_shard): gather the full parameters first.")
     for name, module in model.named_modules():
         where = f"submodule {name!r} is" if name else "the model is"
         if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):

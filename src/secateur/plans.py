@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,7 @@ class Plan:
     channels: tuple[int, int] = (0, 0)  # channels of unlocked groups, each once per producing tensor: before, after
     macs: tuple[int, int] = (0, 0)  # multiply-accumulates of one forward pass on the example inputs: before, after
     params: tuple[int, int] = (0, 0)  # before, after
-    groups: int = 0  # groups that lose channels
-    replacements: Mapping[str, str] = field(default_factory=dict)  # submodule -> form that replaces it
+    groups: tuple[str, ...] = ()  # names of the groups that lose channels
 
     @property
     def is_identity(self) -> bool:
@@ -121,8 +120,7 @@ class Plan:
             channels=(self.channels[0], self.channels[0] - self.removed_channels - later.removed_channels),
             macs=(self.macs[0], later.macs[1]),
             params=(self.params[0], later.params[1]),
-            groups=max(self.groups, later.groups),
-            replacements={**self.replacements, **later.replacements},
+            groups=tuple(dict.fromkeys([*self.groups, *later.groups])),
         )
 
     @property
@@ -138,47 +136,13 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The plan written by `to_json`. Raises PlanMismatchError where the text is no plan, or contradicts itself."""
         try:
-            raw: dict[str, Any] = json.loads(text)
-            if raw.pop("format") != FORMAT:
-                raise PlanMismatchError(f"a plan of another format than {FORMAT}: made by another version.")
-            shapes = {str(name): tuple(map(_index, shape)) for name, shape in raw.pop("shapes").items()}
-            plan = cls(
-                cuts=tuple(
-                    Cut(
-                        str(c["tensor"]),
-                        _index(c["dim"]),
-                        _index(c["size"]),
-                        tuple(map(_index, c["kept"])),
-                        float(c["fill"]),
-                    )
-                    for c in raw.pop("cuts")
-                ),
-                edits=tuple(
-                    Edit(
-                        str(e["module"]),
-                        str(e["attribute"]),
-                        None if e["index"] is None else _index(e["index"]),
-                        _index(e["before"]),
-                        _index(e["after"]),
-                    )
-                    for e in raw.pop("edits")
-                ),
-                shapes=shapes,
-                widths=tuple(
-                    Width(str(w["layer"]), _index(w["before"]), _index(w["after"])) for w in raw.pop("widths")
-                ),
-                channels=_pair(raw.pop("channels")),
-                macs=_pair(raw.pop("macs")),
-                params=_pair(raw.pop("params")),
-                groups=_index(raw.pop("groups")),
-                replacements={str(k): str(v) for k, v in raw.pop("replacements").items()},
-            )
-        except PlanMismatchError:
-            raise
+            plan = _parsed(json.loads(text))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanMismatchError(f"not a plan: {type(error).__name__}: {error}") from error
+        if len({(cut.tensor, cut.dim) for cut in plan.cuts}) < len(plan.cuts):
+            raise PlanMismatchError("the plan cuts the same dimension of a tensor twice.")
         for cut in plan.cuts:
-            shape = shapes.get(cut.tensor)
+            shape = plan.shapes.get(cut.tensor)
             if shape is None or not 0 <= cut.dim < len(shape) or shape[cut.dim] != cut.size:
                 raise PlanMismatchError(f"the plan contradicts itself about {cut.tensor} dim {cut.dim}: shape {shape}.")
         return plan
@@ -186,7 +150,7 @@ class Plan:
     def __repr__(self) -> str:
         macs, params = (f"{human(before)} -> {human(after)}" for before, after in (self.macs, self.params))
         removed = f"removes {self.removed_channels:,} of {self.channels[0]:,} channels"
-        return f"Plan({self.groups} groups, {removed}, MACs {macs}, params {params})"
+        return f"Plan({len(self.groups)} groups, {removed}, MACs {macs}, params {params})"
 
     def table(self) -> str:
         """The per-layer table: one line per layer, width before -> after."""
@@ -226,6 +190,33 @@ def human(count: float) -> str:
         if count >= limit:
             return f"{count / limit:.2f}{prefix}"
     return f"{count:.0f}"
+
+
+def _parsed(raw: dict[str, Any]) -> Plan:
+    if raw.pop("format") != FORMAT:
+        raise PlanMismatchError(f"a plan of another format than {FORMAT}: made by another version.")
+    plan = Plan(
+        cuts=tuple(_parsed_cut(**cut) for cut in raw.pop("cuts")),
+        edits=tuple(_parsed_edit(**edit) for edit in raw.pop("edits")),
+        shapes={str(name): tuple(map(_index, shape)) for name, shape in raw.pop("shapes").items()},
+        widths=tuple(Width(str(w["layer"]), _index(w["before"]), _index(w["after"])) for w in raw.pop("widths")),
+        channels=_pair(raw.pop("channels")),
+        macs=_pair(raw.pop("macs")),
+        params=_pair(raw.pop("params")),
+        groups=tuple(map(str, raw.pop("groups"))),
+    )
+    if raw:
+        raise PlanMismatchError(f"not a plan of this version: it also says {', '.join(sorted(raw))}.")
+    return plan
+
+
+def _parsed_cut(tensor: Any, dim: Any, size: Any, kept: Any, fill: Any) -> Cut:
+    return Cut(str(tensor), _index(dim), _index(size), tuple(map(_index, kept)), float(fill))
+
+
+def _parsed_edit(module: Any, attribute: Any, index: Any, before: Any, after: Any) -> Edit:
+    position = None if index is None else _index(index)
+    return Edit(str(module), str(attribute), position, _index(before), _index(after))
 
 
 def _index(value: Any) -> int:

@@ -69,7 +69,8 @@ def select(
 
     `scores`: per group name (channels,), higher means keep. `scope`: `layer`, every group loses the same fraction,
     rounded down; `global`, all channels compete, their scores first divided by their group's mean unless `normalise`
-    is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it. `keep_at_least`:
+    is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it (in a
+    layer of several groups, each group's part). `keep_at_least`:
     channels that every group keeps. `dense`: the graph of the model that the target is about, where `graph` is of a
     model shrunk from it.
 
@@ -285,7 +286,7 @@ def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, p
         channels=(sum(g.weight * g.channels for g, _ in free), sum(g.weight * count for g, count in free)),
         macs=(macs(dense), macs(counts)),
         params=(params(dense), params(counts)),
-        groups=sum(count < group.channels for group, count in free),
+        groups=tuple(group.name for group, count in free if count < group.channels),
     )
 
 

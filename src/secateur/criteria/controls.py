@@ -16,5 +16,6 @@ def random(group: Group, evidence: Evidence) -> Tensor:
 
     Source: Li 2022, arXiv 2205.05676.
     """
-    generator = torch.Generator().manual_seed(evidence.seed * 2**32 + zlib.crc32(group.name.encode()))
+    # the generator takes 32 bits of seed, so the seed and the name are hashed together
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed}:{group.name}".encode()))
     return torch.rand(group.channels, generator=generator)

@@ -1,0 +1,137 @@
+"""Write docs/results.md from benchmarks/results/*.json. The same files give the same page, byte for byte.
+
+    python benchmarks/write_results.py [--results FOLDER] [--out FILE]
+
+One function per benchmark renders its file; a file without a function is an error, so that no result goes unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+INTRODUCTION = """\
+# Results
+
+This page is written by `python benchmarks/write_results.py` from the files in `benchmarks/results/`, which the commands
+below wrote. No number in it was typed by hand. `make results` runs everything again.
+"""
+
+
+def render(folder: Path) -> str:
+    """The whole page."""
+    files = sorted(folder.glob("*.json"))
+    unknown = [file.name for file in files if file.stem not in SECTIONS]
+    if unknown or not files:
+        raise SystemExit(f"{folder}: " + (f"no section is known for {unknown}" if unknown else "there are no results"))
+    return "\n".join([INTRODUCTION, *(SECTIONS[file.stem](json.loads(file.read_text()), file.name) for file in files)])
+
+
+def cifar10_resnet20(results: Mapping[str, Any], file: str) -> str:
+    """Dense training, then half of the MACs removed by each criterion."""
+    protocol, dense, pruned = results["protocol"], results["dense"], results["pruned"]
+    seeds = sorted(row["seed"] for row in dense)
+    recipe, tuning = protocol["training"], protocol["fine_tuning"]
+    command = f"python benchmarks/cifar10_resnet20.py --data-dir DATA --seeds {' '.join(map(str, seeds))}"
+    lines = [
+        f"## ResNet-20 on CIFAR-10, pruned to {protocol['max_macs']:.0%} of its MACs",
+        "",
+        f"Command: `{command}`, where DATA holds the CIFAR-10 parquet files. File: `benchmarks/results/{file}`.",
+        "",
+        f"Data: {protocol['data']}. Dense training: {_recipe(recipe, protocol['batch_size'])}. After pruning, "
+        f"BatchNorm statistics are re-estimated on {protocol['repair_batches']} training batches, then the model is "
+        f"fine-tuned: {_recipe(tuning, protocol['batch_size'])}. Nothing is selected on the test set. Accuracies are "
+        "on the test set; one column per seed.",
+        "",
+        *_table(
+            ["", *(f"seed {seed}" for seed in seeds), "mean"],
+            [_accuracies("dense", dense, "dense_test_accuracy", seeds), *_pruned_rows(pruned, seeds)],
+        ),
+        "",
+        *_table(
+            ["", "seed", "MACs", "params", "verified difference", "pruning took", "fine-tuning took"],
+            [_cost_row(row) for row in _ordered(pruned)],
+        ),
+        "",
+        "The verified difference is the largest one between the pruned model and the original with those channels "
+        "zeroed, relative to the largest output, before repair and fine-tuning.",
+        "",
+        *(_training_line(row) for row in sorted(dense, key=lambda row: row["seed"])),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pruned_rows(pruned: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[list[str]]:
+    stages = {"before_repair": "just cut", "after_repair": "repaired", "fine_tuned": "fine-tuned"}
+    return [
+        _accuracies(f"{criterion}, {title}", [row for row in pruned if row["criterion"] == criterion], key, seeds)
+        for criterion in sorted({row["criterion"] for row in pruned})
+        for key, title in ((f"{stage}_test_accuracy", title) for stage, title in stages.items())
+    ]
+
+
+def _accuracies(title: str, rows: Sequence[Mapping[str, Any]], key: str, seeds: Sequence[int]) -> list[str]:
+    found = {row["seed"]: row[key] for row in rows}
+    cells = [f"{found[seed]:.2%}" if seed in found else "" for seed in seeds]
+    return [title, *cells, f"{mean(found.values()):.2%}"]
+
+
+def _cost_row(row: Mapping[str, Any]) -> list[str]:
+    (macs, macs_after), (params, params_after) = row["macs"], row["params"]
+    return [
+        row["criterion"],
+        str(row["seed"]),
+        f"{macs:,} -> {macs_after:,} ({macs_after / macs:.1%})",
+        f"{params:,} -> {params_after:,} ({params_after / params:.1%})",
+        f"{row['verified_difference']:.1e}",
+        f"{row['prune_seconds']:.1f} s",
+        f"{row['fine_tune_seconds']:.0f} s",
+    ]
+
+
+def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(rows, key=lambda row: (row["criterion"], row["seed"]))
+
+
+def _training_line(row: Mapping[str, Any]) -> str:
+    machine, minutes = row["machine"], row["train_seconds"] / 60
+    return (
+        f"- Dense, seed {row['seed']}: {row['epochs']} epochs in {minutes:.1f} minutes on {machine['cpu']}, "
+        f"{machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}."
+    )
+
+
+def _recipe(recipe: Mapping[str, Any], batch_size: int) -> str:
+    parts = [
+        f"{recipe['epochs']} epochs of {recipe['optimizer'].upper()} at batch size {batch_size}",
+        f"learning rate {recipe['lr']:g}, {recipe['schedule']} schedule",
+        f"{recipe['warmup_epochs']:g} epochs of warm-up" if recipe["warmup_epochs"] else "",
+        f"weight decay {recipe['weight_decay']:g}",
+        "bfloat16" if recipe["bf16"] else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+
+
+SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {"cifar10_resnet20": cifar10_resnet20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of JSON files")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "results.md", help="the page")
+    options = parser.parse_args()
+    options.out.write_text(render(options.results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The README and the examples do what they show."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_first_example_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code, *_), (shown, *_) = blocks("python"), blocks("text")
+    assert len([line for line in code.splitlines() if line.strip()]) == 10
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue() == shown
+    assert (tmp_path / "small.safetensors").is_file()
+
+
+def test_the_steps_run_as_shown() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 4),
+    )
+    data = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(2)]
+    code = blocks("python")[1].replace('("eager", "onnxruntime")', '("eager",), seconds=0.0')
+    names = {"sc": sc, "model": model, "example": data[0][0][:1], "data": data}
+    exec(compile(code, "README.md", "exec"), names)
+    plan, small = names["plan"], names["small"]
+    assert isinstance(plan, sc.Plan) and isinstance(small, nn.Module)
+    assert plan.macs[1] <= 0.5 * plan.macs[0]
+    assert {row.after % 16 for row in plan.widths if row.after < row.before} == {0}
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) >= 5
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_the_own_loop_example_shrinks_saves_and_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "examples" / "own_loop.py"
+    spec = importlib.util.spec_from_file_location("own_loop", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    lines = capsys.readouterr().out.splitlines()
+    macs = [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("dense")]
+    steps = [int(line.split()[2].replace(",", "")) for line in lines if line.startswith("step")]
+    assert len(steps) == 5 and sorted(steps, reverse=True) == steps
+    assert steps[-1] <= 0.25 * macs[0]
+    assert "bit for bit" in lines[-1]
