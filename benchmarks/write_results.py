@@ -70,10 +70,14 @@ def cifar10_resnet20(results: Mapping[str, Any], file: str) -> str:
 def _pruned_rows(pruned: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[list[str]]:
     stages = {"before_repair": "just cut", "after_repair": "repaired", "fine_tuned": "fine-tuned"}
     return [
-        _accuracies(f"{criterion}, {title}", [row for row in pruned if row["criterion"] == criterion], key, seeds)
-        for criterion in sorted({row["criterion"] for row in pruned})
+        _accuracies(f"{setting}, {title}", [row for row in pruned if _setting(row) == setting], key, seeds)
+        for setting in sorted({_setting(row) for row in pruned})
         for key, title in ((f"{stage}_test_accuracy", title) for stage, title in stages.items())
     ]
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    return f"{row['criterion']} (scope {row['scope']})"
 
 
 def _accuracies(title: str, rows: Sequence[Mapping[str, Any]], key: str, seeds: Sequence[int]) -> list[str]:
@@ -85,7 +89,7 @@ def _accuracies(title: str, rows: Sequence[Mapping[str, Any]], key: str, seeds: 
 def _cost_row(row: Mapping[str, Any]) -> list[str]:
     (macs, macs_after), (params, params_after) = row["macs"], row["params"]
     return [
-        row["criterion"],
+        _setting(row),
         str(row["seed"]),
         f"{macs:,} -> {macs_after:,} ({macs_after / macs:.1%})",
         f"{params:,} -> {params_after:,} ({params_after / params:.1%})",
@@ -96,7 +100,7 @@ def _cost_row(row: Mapping[str, Any]) -> list[str]:
 
 
 def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(rows, key=lambda row: (row["criterion"], row["seed"]))
+    return sorted(rows, key=lambda row: (_setting(row), row["seed"]))
 
 
 def _training_line(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ pruning with sparsity=0.5 and scope="layer": every group loses half of its chann
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -436,7 +437,12 @@ CASES = (
     ),
     Case(
         "flatten with positions",
-        lambda: Net(lambda s, x: s.head(F.relu(s.fc(F.relu(s.a(x)).flatten(1)))), a=conv(3, 4), fc=nn.Linear(144, 6), head=head(6)),
+        lambda: Net(
+            lambda s, x: s.head(F.relu(s.fc(F.relu(s.a(x)).flatten(1)))),
+            a=conv(3, 4),
+            fc=nn.Linear(144, 6),
+            head=head(6),
+        ),
         {"a": 4, "fc": 6},
         HEAD,
         {"a": 2, "fc": 3, "head": 3},
@@ -444,7 +450,10 @@ CASES = (
     Case(
         "flatten without positions",
         lambda: Net(
-            lambda s, x: s.head(s.pool(F.relu(s.a(x))).flatten(1)), a=conv(3, 8), pool=nn.AdaptiveAvgPool2d(1), head=head(8)
+            lambda s, x: s.head(s.pool(F.relu(s.a(x))).flatten(1)),
+            a=conv(3, 8),
+            pool=nn.AdaptiveAvgPool2d(1),
+            head=head(8),
         ),
         {"a": 8},
         HEAD,
@@ -452,7 +461,9 @@ CASES = (
     ),
     Case(
         "view with a literal size",
-        lambda: Net(lambda s, x: s.head(s.a(F.relu(s.z(x))).view(-1, 400)), z=conv(3, 6), a=conv(6, 16), head=head(400)),
+        lambda: Net(
+            lambda s, x: s.head(s.a(F.relu(s.z(x))).view(-1, 400)), z=conv(3, 6), a=conv(6, 16), head=head(400)
+        ),
         {"z": 6},
         {"a": "the code says 400", **HEAD},
         {"z": 3, "a": 16, "head": 3},
@@ -469,7 +480,11 @@ CASES = (
     Case(
         "group norm",
         lambda: Net(
-            lambda s, x: s.head(pooled(F.relu(s.b(F.relu(s.norm(s.a(x))))))), a=conv(3, 8), norm=nn.GroupNorm(4, 8), b=conv(8, 5), head=head(5)
+            lambda s, x: s.head(pooled(F.relu(s.b(F.relu(s.norm(s.a(x))))))),
+            a=conv(3, 8),
+            norm=nn.GroupNorm(4, 8),
+            b=conv(8, 5),
+            head=head(5),
         ),
         {"a": 4, "b": 5},
         HEAD,
@@ -491,7 +506,11 @@ CASES = (
     Case(
         "layer norm",
         lambda: Net(
-            lambda s, x: s.head(F.relu(s.b(s.norm(s.a(x))))), a=nn.Linear(6, 8), norm=nn.LayerNorm(8), b=nn.Linear(8, 6), head=head(6)
+            lambda s, x: s.head(F.relu(s.b(s.norm(s.a(x))))),
+            a=nn.Linear(6, 8),
+            norm=nn.LayerNorm(8),
+            b=nn.Linear(8, 6),
+            head=head(6),
         ),
         {"b": 6},
         {"a": "normalised over this width", **HEAD},
@@ -500,7 +519,9 @@ CASES = (
     ),
     Case(
         "prelu per channel",
-        lambda: Net(lambda s, x: s.head(pooled(s.b(s.act(s.a(x))))), a=conv(3, 8), act=nn.PReLU(8), b=conv(8, 5), head=head(5)),
+        lambda: Net(
+            lambda s, x: s.head(pooled(s.b(s.act(s.a(x))))), a=conv(3, 8), act=nn.PReLU(8), b=conv(8, 5), head=head(5)
+        ),
         {"a": 8, "b": 5},
         HEAD,
         {"a": 4, "b": 3, "head": 3},
@@ -508,7 +529,11 @@ CASES = (
     Case(
         "sigmoid after batch norm",
         lambda: Net(
-            lambda s, x: s.head(pooled(s.b(torch.sigmoid(s.norm(s.a(x)))))), a=conv(3, 8), norm=nn.BatchNorm2d(8), b=conv(8, 5), head=head(5)
+            lambda s, x: s.head(pooled(s.b(torch.sigmoid(s.norm(s.a(x)))))),
+            a=conv(3, 8),
+            norm=nn.BatchNorm2d(8),
+            b=conv(8, 5),
+            head=head(5),
         ),
         {"a": 8, "b": 5},
         HEAD,
@@ -530,7 +555,10 @@ CASES = (
     Case(
         "sum of zeros over channels",
         lambda: Net(
-            lambda s, x: s.head(pooled(s.b(F.relu(s.a(x)).sum(1, keepdim=True)))), a=conv(3, 8), b=conv(1, 6), head=head(6)
+            lambda s, x: s.head(pooled(s.b(F.relu(s.a(x)).sum(1, keepdim=True)))),
+            a=conv(3, 8),
+            b=conv(1, 6),
+            head=head(6),
         ),
         {"a": 8, "b": 6},
         HEAD,
@@ -539,7 +567,10 @@ CASES = (
     Case(
         "sum over channels that are not zero",
         lambda: Net(
-            lambda s, x: s.head(pooled(s.b(torch.sigmoid(s.a(x)).sum(1, keepdim=True)))), a=conv(3, 8), b=conv(1, 6), head=head(6)
+            lambda s, x: s.head(pooled(s.b(torch.sigmoid(s.a(x)).sum(1, keepdim=True)))),
+            a=conv(3, 8),
+            b=conv(1, 6),
+            head=head(6),
         ),
         {"b": 6},
         {"a": "reduced by sum over channels", **HEAD},
@@ -548,7 +579,11 @@ CASES = (
     Case(
         "gain per channel",
         lambda: Net(
-            lambda s, x: s.head(pooled(s.b(s.a(x) * s.gain))), a=conv(3, 8), gain=nn.Parameter(torch.ones(8, 1, 1)), b=conv(8, 5), head=head(5)
+            lambda s, x: s.head(pooled(s.b(s.a(x) * s.gain))),
+            a=conv(3, 8),
+            gain=nn.Parameter(torch.ones(8, 1, 1)),
+            b=conv(8, 5),
+            head=head(5),
         ),
         {"a": 8, "b": 5},
         HEAD,
@@ -558,7 +593,10 @@ CASES = (
     Case(
         "one module used twice",
         lambda: Net(
-            lambda s, x: s.head(pooled(F.relu(s.b(F.relu(s.b(F.relu(s.a(x)))))))), a=conv(3, 8), b=conv(8, 8), head=head(8)
+            lambda s, x: s.head(pooled(F.relu(s.b(F.relu(s.b(F.relu(s.a(x)))))))),
+            a=conv(3, 8),
+            b=conv(8, 8),
+            head=head(8),
         ),
         {"a": 8},
         HEAD,
@@ -602,7 +640,11 @@ CASES = (
     Case(
         "pixel shuffle",
         lambda: Net(
-            lambda s, x: s.head(pooled(F.relu(s.b(s.up(F.relu(s.a(x))))))), a=conv(3, 16), up=nn.PixelShuffle(2), b=conv(4, 6), head=head(6)
+            lambda s, x: s.head(pooled(F.relu(s.b(s.up(F.relu(s.a(x))))))),
+            a=conv(3, 16),
+            up=nn.PixelShuffle(2),
+            b=conv(4, 6),
+            head=head(6),
         ),
         {"a": 4, "b": 6},
         HEAD,
@@ -640,7 +682,9 @@ CASES = (
     ),
     Case(
         "in-place relu and add",
-        lambda: Net(_in_place, stem=conv(3, 8), one=conv(8, 6), two=conv(6, 8), relu=nn.ReLU(inplace=True), head=head(8)),
+        lambda: Net(
+            _in_place, stem=conv(3, 8), one=conv(8, 6), two=conv(6, 8), relu=nn.ReLU(inplace=True), head=head(8)
+        ),
         {"stem": 8, "one": 6},
         HEAD,
         {"stem": 4, "one": 3, "two": 4, "head": 3},
@@ -679,7 +723,11 @@ CASES = (
     Case(
         "mlp",
         lambda: Net(
-            lambda s, x: s.head(F.gelu(s.b(F.relu(s.norm(s.a(x)))))), a=nn.Linear(6, 8), norm=nn.BatchNorm1d(8), b=nn.Linear(8, 6), head=head(6)
+            lambda s, x: s.head(F.gelu(s.b(F.relu(s.norm(s.a(x)))))),
+            a=nn.Linear(6, 8),
+            norm=nn.BatchNorm1d(8),
+            b=nn.Linear(8, 6),
+            head=head(6),
         ),
         {"a": 8, "b": 6},
         HEAD,
@@ -688,7 +736,9 @@ CASES = (
     ),
     Case(
         "mlp over positions",
-        lambda: Net(lambda s, x: s.head(F.gelu(s.b(F.relu(s.a(x))))), a=nn.Linear(6, 8), b=nn.Linear(8, 6), head=head(6)),
+        lambda: Net(
+            lambda s, x: s.head(F.gelu(s.b(F.relu(s.a(x))))), a=nn.Linear(6, 8), b=nn.Linear(8, 6), head=head(6)
+        ),
         {"a": 8, "b": 6},
         HEAD,
         {"a": 4, "b": 3, "head": 3},
@@ -731,7 +781,11 @@ CASES = (
     Case(
         "division by a parameter per channel",
         lambda: Net(
-            lambda s, x: s.head(pooled(s.b(s.a(x) / s.gain))), a=conv(3, 8), gain=nn.Parameter(torch.ones(8, 1, 1)), b=conv(8, 6), head=head(6)
+            lambda s, x: s.head(pooled(s.b(s.a(x) / s.gain))),
+            a=conv(3, 8),
+            gain=nn.Parameter(torch.ones(8, 1, 1)),
+            b=conv(8, 6),
+            head=head(6),
         ),
         {"b": 6},
         {"a": "not finite where channels are zero", **HEAD},
@@ -759,7 +813,7 @@ CASES = (
 )
 
 
-# -- traps: whatever a plan removes here, shrunk must equal zeroed ------------------------------------------------------
+# -- traps: whatever a plan removes here, shrunk must equal zeroed -----------------------------------------------------
 
 
 def _sum(s: Any, h: Tensor) -> Tensor:
@@ -901,35 +955,56 @@ TRAPS = (
     ),
     Trap(
         "instance statistics",
-        _trap(lambda s, x: _sum(s, F.relu(s.norm(s.a(x) + s.pos))), norm=lambda: nn.InstanceNorm2d(8), pos=_pos(1, 1, 6, 6)),
+        _trap(
+            lambda s, x: _sum(s, F.relu(s.norm(s.a(x) + s.pos))),
+            norm=lambda: nn.InstanceNorm2d(8),
+            pos=_pos(1, 1, 6, 6),
+        ),
     ),
     Trap(
         "instance statistics that are tracked",
-        _trap(lambda s, x: _ends(s, s.norm(s.a(x))), norm=lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+        _trap(
+            lambda s, x: _ends(s, s.norm(s.a(x))),
+            norm=lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+        ),
     ),
-    Trap("group norm without parameters", _trap(lambda s, x: _sum(s, F.relu(F.group_norm(s.a(x) + s.pos, 4))), pos=_pos(1, 1, 6, 6))),
+    Trap(
+        "group norm without parameters",
+        _trap(lambda s, x: _sum(s, F.relu(F.group_norm(s.a(x) + s.pos, 4))), pos=_pos(1, 1, 6, 6)),
+    ),
     Trap("one normalisation group", _trap(lambda s, x: _ends(s, s.norm(s.a(x))), norm=lambda: nn.GroupNorm(1, 8))),
     Trap("normalised channels", _trap(lambda s, x: _ends(s, F.normalize(s.a(x), dim=1)))),
     Trap("normalised positions", _trap(lambda s, x: _ends(s, F.normalize(s.a(x).flatten(2), dim=2).view_as(s.a(x))))),
-    Trap("negative norm", _trap(lambda s, x: s.head(torch.linalg.vector_norm(s.a(x), ord=-1, dim=1).flatten(1)[:, :6]))),
-    Trap("count of non-zeros", _trap(lambda s, x: s.head(torch.linalg.vector_norm(s.a(x), ord=0, dim=1).flatten(1)[:, :6] + pooled(s.b(s.a(x)))))),
-    Trap("largest norm", _trap(lambda s, x: s.head(torch.linalg.vector_norm(s.a(x), ord=torch.inf, dim=1).flatten(1)[:, :6]))),
+    Trap(
+        "negative norm", _trap(lambda s, x: s.head(torch.linalg.vector_norm(s.a(x), ord=-1, dim=1).flatten(1)[:, :6]))
+    ),
+    Trap(
+        "count of non-zeros",
+        _trap(
+            lambda s, x: s.head(torch.linalg.vector_norm(s.a(x), ord=0, dim=1).flatten(1)[:, :6] + pooled(s.b(s.a(x))))
+        ),
+    ),
+    Trap(
+        "largest norm",
+        _trap(lambda s, x: s.head(torch.linalg.vector_norm(s.a(x), ord=torch.inf, dim=1).flatten(1)[:, :6])),
+    ),
     Trap("roll over everything", _trap(lambda s, x: _ends(s, torch.roll(s.a(x), 5)))),
     Trap("roll over channels", _trap(lambda s, x: _ends(s, torch.roll(s.a(x), 1, 1)))),
     Trap("flip of channels", _trap(lambda s, x: _ends(s, s.a(x).flip(1)))),
     Trap("sorted channels", _trap(lambda s, x: _ends(s, s.a(x).sort(dim=1, stable=True)[0]))),
     Trap("cumulative sum of channels", _trap(lambda s, x: _ends(s, s.a(x).cumsum(1)))),
-    Trap("width negated", _trap(_scaled(lambda h: 1.0 / -h.shape[1]))),
+    Trap("width negated", _trap(_scaled(lambda h: 3 / -h.shape[1]))),
     Trap("width modulo", _trap(_scaled(lambda h: h.shape[1] % 5))),
     Trap("width as float", _trap(_scaled(lambda h: float(h.shape[1]) ** -0.5))),
     Trap("width as int", _trap(_scaled(lambda h: int(h.shape[1])))),
     Trap("width by len", _trap(_scaled(lambda h: len(h[0])))),
     Trap("width in numel", _trap(_scaled(lambda h: h[0].numel()))),
     Trap("width in the numel of a shape", _trap(_scaled(lambda h: h.shape[1:].numel()))),
-    Trap("width in a product", _trap(_scaled(lambda h: 1.0 / __import__("math").prod(h.shape[1:])))),
+    Trap("width in a product", _trap(_scaled(lambda h: 3 / math.prod(h.shape[1:])))),
     Trap("width compared", _trap(_scaled(_branch))),
+    Trap("float times width", _trap(_scaled(lambda h: 0.5 * h.shape[1])), hidden=True),
     Trap("width in a loop", _trap(_scaled(lambda h: sum(0.5 for _ in range(h.shape[1])))), hidden=True),
-    Trap("width in a power", _trap(_scaled(lambda h: 0.9 ** h.shape[1]))),
+    Trap("width in a power", _trap(_scaled(lambda h: 3 ** -h.shape[1] + h.shape[1] ** 2))),
     Trap("width in min", _trap(_scaled(lambda h: min(h.shape[1], 6)))),
     Trap("width in bits", _trap(_scaled(lambda h: (h.shape[1] >> 1) | 1))),
     Trap("width in a text", _trap(_scaled(lambda h: len("x" * h.shape[1]))), hidden=True),
@@ -938,39 +1013,89 @@ TRAPS = (
     Trap("squeeze of everything", _trap(_squeezed, fc=lambda: nn.Linear(8, 3))),
     Trap(
         "view as another",
-        _trap(_viewed_as("view_as"), other=lambda: nn.Linear(108, 8), fc=lambda: nn.Linear(8, 3), fc2=lambda: nn.Linear(8, 3)),
+        _trap(
+            _viewed_as("view_as"),
+            other=lambda: nn.Linear(108, 8),
+            fc=lambda: nn.Linear(8, 3),
+            fc2=lambda: nn.Linear(8, 3),
+        ),
     ),
     Trap(
         "reshape as another",
-        _trap(_viewed_as("reshape_as"), other=lambda: nn.Linear(108, 8), fc=lambda: nn.Linear(8, 3), fc2=lambda: nn.Linear(8, 3)),
+        _trap(
+            _viewed_as("reshape_as"),
+            other=lambda: nn.Linear(108, 8),
+            fc=lambda: nn.Linear(8, 3),
+            fc2=lambda: nn.Linear(8, 3),
+        ),
     ),
     Trap("through numpy", _trap(_numpy)),
     Trap("through a list", _trap(_listed)),
     Trap("written with out=", _trap(_written_out)),
     Trap("lstm", _trap(_recurrent, rnn=lambda: nn.LSTM(8, 6, batch_first=True), fc=lambda: nn.Linear(6, 3))),
     Trap("gru", _trap(_recurrent, rnn=lambda: nn.GRU(8, 6, batch_first=True), fc=lambda: nn.Linear(6, 3))),
-    Trap("attention", _trap(_attended, attention=lambda: nn.MultiheadAttention(8, 2, batch_first=True), fc=lambda: nn.Linear(8, 3))),
+    Trap(
+        "attention",
+        _trap(_attended, attention=lambda: nn.MultiheadAttention(8, 2, batch_first=True), fc=lambda: nn.Linear(8, 3)),
+    ),
     Trap("gram matrix", _trap(_gram)),
     Trap("spatial gate", _trap(_spatial_gate, gate=lambda: conv(8, 1))),
     Trap("odd slices", _trap(_odd_slices, odd=lambda: conv(3, 9), four=lambda: conv(4, 6), five=lambda: conv(5, 6))),
     Trap("maxout", _trap(_maxout, wide=lambda: conv(3, 16))),
     Trap("keys of all kinds", _trap(_fancy_keys)),
-    Trap("every second channel", _trap(lambda s, x: s.head(pooled(s.b(s.a(x)))) * pooled(s.a(x)[:, ::2]).sum(1, keepdim=True))),
-    Trap("all but the last", _trap(lambda s, x: s.head(pooled(s.b(s.a(x)))) * pooled(s.a(x)[:, :-3]).sum(1, keepdim=True))),
-    Trap("narrowed", _trap(lambda s, x: s.head(pooled(s.b(s.a(x)))) * pooled(s.a(x).narrow(1, 2, 3)).sum(1, keepdim=True))),
+    Trap(
+        "every second channel",
+        _trap(lambda s, x: s.head(pooled(s.b(s.a(x)))) * pooled(s.a(x)[:, ::2]).sum(1, keepdim=True)),
+    ),
+    Trap(
+        "all but the last",
+        _trap(lambda s, x: s.head(pooled(s.b(s.a(x)))) * pooled(s.a(x)[:, :-3]).sum(1, keepdim=True)),
+    ),
+    Trap(
+        "narrowed",
+        _trap(lambda s, x: s.head(pooled(s.b(s.a(x)))) * pooled(s.a(x).narrow(1, 2, 3)).sum(1, keepdim=True)),
+    ),
     Trap("one channel picked", _trap(_one_channel)),
     Trap("channels by index", _trap(lambda s, x: _ends(s, s.a(x)[:, torch.arange(7, -1, -1)]))),
     Trap("channels by mask", _trap(lambda s, x: _sum(s, s.a(x)[:, torch.arange(8) % 3 > 0]))),
-    Trap("repeated", _trap(lambda s, x: s.head(pooled(F.relu(s.twin(s.a(x).repeat(1, 2, 1, 1))))), twin=lambda: conv(16, 6))),
-    Trap("interleaved", _trap(lambda s, x: s.head(pooled(F.relu(s.twin(s.a(x).repeat_interleave(2, 1))))), twin=lambda: conv(16, 6))),
-    Trap("padded channels", _trap(lambda s, x: s.head(pooled(F.relu(s.twin(F.pad(s.a(x), (0, 0, 0, 0, 3, 5)))))), twin=lambda: conv(16, 6))),
+    Trap(
+        "repeated",
+        _trap(lambda s, x: s.head(pooled(F.relu(s.twin(s.a(x).repeat(1, 2, 1, 1))))), twin=lambda: conv(16, 6)),
+    ),
+    Trap(
+        "interleaved",
+        _trap(lambda s, x: s.head(pooled(F.relu(s.twin(s.a(x).repeat_interleave(2, 1))))), twin=lambda: conv(16, 6)),
+    ),
+    Trap(
+        "padded channels",
+        _trap(lambda s, x: s.head(pooled(F.relu(s.twin(F.pad(s.a(x), (0, 0, 0, 0, 3, 5)))))), twin=lambda: conv(16, 6)),
+    ),
     Trap("unflattened by keyword", _trap(lambda s, x: _sum(s, s.a(x).unflatten(dim=1, sizes=(2, -1)).sum(1)))),
     Trap("split by keyword", _trap(lambda s, x: _sum(s, torch.split(s.a(x), dim=1, split_size_or_sections=4)[1]))),
-    Trap("circular padding", _trap(lambda s, x: s.head(pooled(s.ring(s.a(x)))), ring=lambda: conv(8, 6, padding_mode="circular"))),
+    Trap(
+        "circular padding",
+        _trap(lambda s, x: s.head(pooled(s.ring(s.a(x)))), ring=lambda: conv(8, 6, padding_mode="circular")),
+    ),
     Trap("einsum", _trap(lambda s, x: _ends(s, torch.einsum("nchw,dc->ndhw", s.a(x), s.mix)), mix=_pos(8, 8))),
-    Trap("weight standardisation", _trap(lambda s, x: _ends(s, F.conv2d(x, s.a.weight - s.a.weight.mean((1, 2, 3), keepdim=True), padding=1)))),
-    Trap("parametrised weight", _trap(lambda s, x: _ends(s, s.normed(x)), normed=lambda: nn.utils.parametrizations.weight_norm(conv(3, 8)))),
-    Trap("buffer written in forward", _trap(lambda s, x: _ends(s, s.a(x) - s.mean.mul(0.5).add_(s.a(x).mean((0, 2, 3))[:, None, None])), mean=_pos(8, 1, 1))),
-    Trap("a layer that forward does not use", _trap(lambda s, x: _ends(s, s.a(x)), spare=lambda: conv(6, 10)), tensors=("spare.weight", "spare.bias")),
+    Trap(
+        "weight standardisation",
+        _trap(lambda s, x: _ends(s, F.conv2d(x, s.a.weight - s.a.weight.mean((1, 2, 3), keepdim=True), padding=1))),
+    ),
+    Trap(
+        "parametrised weight",
+        _trap(lambda s, x: _ends(s, s.normed(x)), normed=lambda: nn.utils.parametrizations.weight_norm(conv(3, 8))),
+    ),
+    Trap(
+        "buffer written in forward",
+        _trap(
+            lambda s, x: _ends(s, s.a(x) - s.mean.mul(0.5).add_(s.a(x).mean((0, 2, 3))[:, None, None])),
+            mean=_pos(8, 1, 1),
+        ),
+    ),
+    Trap(
+        "a layer that forward does not use",
+        _trap(lambda s, x: _ends(s, s.a(x)), spare=lambda: conv(6, 10)),
+        tensors=("spare.weight", "spare.bias"),
+    ),
     Trap("a layer used in training only", _trap(_aside, aside=lambda: conv(8, 2)), tensors=("aside.bias",)),
 )

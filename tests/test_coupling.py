@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from nets_for_tests import CASES, TRAPS, Case, Net, Trap, conv, distance, head, pooled, randomised, zeroed_by_hand
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import secateur as sc
+from nets_for_tests import CASES, TRAPS, Case, Net, Trap, conv, distance, head, pooled, randomised, zeroed_by_hand
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -23,10 +23,21 @@ def test_groups_and_locks_are_those_worked_out_by_hand(case: Case) -> None:
 
 
 @pytest.mark.parametrize("trap", [trap for trap in TRAPS if trap.hidden], ids=str)
-def test_what_the_engine_cannot_see_the_verification_refuses(trap: Trap) -> None:
+def test_what_the_engine_cannot_see_the_verification_finds(trap: Trap) -> None:
     model = randomised(trap.build().double()).eval()
+    batch = torch.randn(2, *trap.shape, dtype=torch.float64)
+    plan = by_chance(model, batch, sc.Target(sparsity={"a": 0.5}))
     with pytest.raises(sc.VerificationError, match="differs from the zeroed original"):
-        sc.prune(model, torch.randn(2, *trap.shape, dtype=torch.float64), sparsity=0.5)
+        sc.verify(model, plan, sc.shrink(model, plan), batch)
+    pruned = sc.prune(model, batch, sparsity=0.5)
+    assert {row.layer: row.after for row in pruned.plan.widths}["a"] == 8
+    assert "a" in pruned.summary.locked
+    assert distance(zeroed_by_hand(model, pruned.plan), pruned.model, batch) < 1e-9
+
+
+def by_chance(model: nn.Module, batch: torch.Tensor, target: sc.Target) -> sc.Plan:
+    graph = sc.trace(model, batch)
+    return sc.select(graph, sc.score(graph, sc.observe(model, graph), "random"), target)
 
 
 @pytest.mark.parametrize("trap", [trap for trap in TRAPS if not trap.hidden], ids=str)

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import secateur as sc
 from nets_for_tests import (
     CASES,
     Case,
@@ -20,10 +24,6 @@ from nets_for_tests import (
     pooled,
     zeroed_by_hand,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import secateur as sc
 from secateur.errors import PlanMismatchError
 from secateur.plans import Cut, tensor_shapes
 
@@ -123,7 +123,9 @@ def test_wrong_running_statistics_are_noticed(statistic: str) -> None:
     model, batch = case.model(), case.batch(2)
     plan = plan_for(model, batch)
     cuts = tuple(
-        replace(cut, kept=tuple(sorted(set(range(cut.size)) - set(cut.kept)))) if cut.tensor == f"bn1.{statistic}" else cut
+        replace(cut, kept=tuple(sorted(set(range(cut.size)) - set(cut.kept))))
+        if cut.tensor == f"bn1.{statistic}"
+        else cut
         for cut in plan.cuts
     )
     small = sc.shrink(model, replace(plan, cuts=cuts))
@@ -140,7 +142,9 @@ def test_a_mistake_behind_a_zero_initialised_layer_is_noticed() -> None:
     small = sc.shrink(model, plan)
     assert sc.verify(model, plan, small, batch) < 1e-9
     order = (1, 0, *range(2, len(small.b.weight[0])))
-    wrong = replace(plan, cuts=tuple(_moved(cut) if cut.tensor == "b.weight" and cut.dim == 1 else cut for cut in plan.cuts))
+    wrong = replace(
+        plan, cuts=tuple(_moved(cut) if cut.tensor == "b.weight" and cut.dim == 1 else cut for cut in plan.cuts)
+    )
     assert order and wrong != plan
     with pytest.raises(sc.VerificationError):
         sc.verify(model, plan, sc.shrink(model, wrong), batch)
@@ -257,7 +261,9 @@ def test_attributes_of_leaf_modules_follow_their_tensors() -> None:
 
 
 def test_a_norm_without_parameters_follows_too(recwarn: pytest.WarningsRecorder) -> None:
-    model = Net(lambda s, x: s.head(pooled(F.relu(s.norm(s.a(x))))), a=conv(3, 8), norm=nn.InstanceNorm2d(8), head=head(8))
+    model = Net(
+        lambda s, x: s.head(pooled(F.relu(s.norm(s.a(x))))), a=conv(3, 8), norm=nn.InstanceNorm2d(8), head=head(8)
+    )
     x = torch.randn(2, 3, 6, 6)
     small = sc.prune(model, x, sparsity=0.5).model
     small(x)
@@ -309,9 +315,18 @@ def test_ten_prunings_in_a_row() -> None:
 def test_a_plan_for_another_model_names_the_first_tensor_that_differs() -> None:
     model, batch = example()
     plan = plan_for(model, batch)
-    other = Net(model.function, a=conv(3, 9, bias=False), bn1=nn.BatchNorm2d(9), b=conv(9, 6, bias=False), bn2=nn.BatchNorm2d(6), head=head(6))
+    other = Net(
+        model.function,
+        a=conv(3, 9, bias=False),
+        bn1=nn.BatchNorm2d(9),
+        b=conv(9, 6, bias=False),
+        bn2=nn.BatchNorm2d(6),
+        head=head(6),
+    )
     for function in (sc.shrink, sc.zero_channels):
-        with pytest.raises(PlanMismatchError, match=r"'a\.weight' has shape \[9, 3, 3, 3\] in the model, \[8, 3, 3, 3\]"):
+        with pytest.raises(
+            PlanMismatchError, match=r"'a\.weight' has shape \[9, 3, 3, 3\] in the model, \[8, 3, 3, 3\]"
+        ):
             function(other, plan)
     with pytest.raises(PlanMismatchError, match=r"has no tensor 'a\.weight'"):
         sc.shrink(nn.Linear(2, 2), plan)
@@ -338,7 +353,14 @@ def test_an_edit_of_an_attribute_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "words"), [((), "not empty"), ((1, 0), "ascending"), ((0, 0), "ascending"), ((-1, 2), "must lie in"), ((0, 8), "must lie in")]
+    ("kept", "words"),
+    [
+        ((), "not empty"),
+        ((1, 0), "ascending"),
+        ((0, 0), "ascending"),
+        ((-1, 2), "must lie in"),
+        ((0, 8), "must lie in"),
+    ],
 )
 def test_a_cut_checks_itself(kept: tuple[int, ...], words: str) -> None:
     with pytest.raises(PlanMismatchError, match=words):

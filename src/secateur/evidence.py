@@ -72,7 +72,7 @@ def observe(
     check_weights(model)
     if not needs:
         return Evidence(tensors)
-    if data is None:
+    if not isinstance(data, Iterable):
         raise InputError(f"evidence {', '.join(needs)} comes from data: pass data=, an iterable of batches.")
     taylor, batches = _gradient_pass(model, graph, data, forward or default_forward, loss or default_loss)
     return Evidence(tensors, taylor, batches)
@@ -81,7 +81,8 @@ def observe(
 def _gradient_pass(
     model: nn.Module, graph: Graph, data: Iterable[Any], forward: Forward, loss: Loss
 ) -> tuple[dict[str, Tensor], int]:
-    private = private_copy(model).eval()
+    with torch.inference_mode(False):  # weights copied in inference mode would not take part in autograd
+        private = private_copy(model).eval()
     parameters = dict(private.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -97,6 +98,8 @@ def _gradient_pass(
             raise InputError(f"loss(output, batch) must return a scalar tensor; got {got}.")
         if not torch.isfinite(value):
             raise DataError(f"the loss is {value.item()} on batch {batches}: check the data for NaN or infinity.")
+        if not value.requires_grad:
+            raise InputError("the loss does not depend on the model's parameters: it has no gradient.")
         private.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         for group in graph.prunable:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import ExampleInputsError, ModelError
 
+# By class name, along the ancestors of a module's class: importing the classes would load what nobody uses.
 _UNWRAP = {
     "DistributedDataParallel": "a DistributedDataParallel wrapper: pass `model.module`.",
     "DataParallel": "a DataParallel wrapper: pass `model.module`.",
@@ -89,8 +90,9 @@ def check_model(model: Any) -> None:
         if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
             raise ModelError(f"{where} masked by torch.nn.utils.prune: call `prune.remove(module, name)` on it first.")
         kind = type(module).__name__
-        if kind in _UNWRAP and type(module).__module__.startswith("torch."):
-            raise ModelError(f"{where} {_UNWRAP[kind]}")
+        for ancestor in type(module).__mro__:
+            if ancestor.__name__ in _UNWRAP and ancestor.__module__.startswith("torch."):
+                raise ModelError(f"{where} {_UNWRAP[ancestor.__name__]}")
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{where} scripted: prune the Python module first, then script the result.")
         if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
@@ -98,9 +100,12 @@ def check_model(model: Any) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise ModelError for a model on the meta device: it has shapes to trace, but no numbers."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError("the model is on the meta device: it can be traced, but has no weights to judge or compare.")
+    """Raise ModelError for a model without numbers (on the meta device), or with weights that are not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError("the model is on the meta device: it can be traced, but has no weights to judge.")
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"parameter {name!r} holds NaN or infinity: did training diverge?")
 
 
 def check_devices(model: nn.Module, inputs: Inputs) -> None:

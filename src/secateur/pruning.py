@@ -142,6 +142,7 @@ def prune_steps(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps is a whole number, at least 1; got {steps!r}.")
+    goal_at_the_end = _goal(None, target)
     due, needs = resolve_schedule(schedule), needs_of(criterion)
     graph = trace(model, example_inputs, ignore=ignore)
     dense = graph
@@ -151,7 +152,7 @@ def prune_steps(
     for number in range(1, steps + 1):
         facts = observe(model, graph, data, needs, forward=forward, loss=loss)
         scores = score(graph, facts, criterion, seed=seed + number - 1)
-        goal = target.part(due(number / steps), macs, params)
+        goal = goal_at_the_end.part(due(number / steps), macs, params)
 
         def chosen(graph: Graph, scores: Mapping[str, Tensor] = scores, goal: Target = goal) -> Plan:
             return select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least, dense=dense)

@@ -22,6 +22,8 @@ def repair(small: nn.Module, data: Iterable[Any], *, forward: Forward | None = N
     without BatchNorm comes back as an equal copy. Raises DataError for data without a batch.
     """
     check_model(small)
+    if not isinstance(data, Iterable):
+        raise InputError(f"data is an iterable of batches; got {type(data).__name__}.")
     if batches < 1:
         raise InputError(f"batches is how many batches to average over, at least 1; got {batches}.")
     repaired = private_copy(small)

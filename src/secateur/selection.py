@@ -77,9 +77,9 @@ def select(
     Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
     not fit, NothingToPruneError when every group is locked.
     """
-    _check_options(graph, scope, round_to, keep_at_least)
-    check_scores(graph, scores)
     dense = dense or graph
+    _check_options(dense, scope, round_to, keep_at_least)
+    check_scores(graph, scores)
     blocks = _blocks(graph, dense, scores, round_to, keep_at_least, normalise and scope == "global")
     steps = _ordered_steps(blocks, scope)
     macs, params = macs_of(graph), params_of(graph)

@@ -105,8 +105,10 @@ def _difference(expected: list[Tensor], actual: list[Tensor]) -> tuple[float, fl
         if not torch.equal(torch.isfinite(left), torch.isfinite(right)):
             raise VerificationError("the two models' outputs are not finite in the same places.")
         finite = torch.isfinite(left)
-        scale = float(left[finite].abs().max()) if finite.any() else 0.0
-        gap = float((left - right)[finite].abs().max()) if finite.any() else 0.0
+        if not finite.any():
+            raise VerificationError("the original's output holds no finite number: there is nothing to compare.")
+        scale = float(left[finite].abs().max())
+        gap = float((left - right)[finite].abs().max())
         worst = max(worst, gap / scale if scale else gap)
         largest = max(largest, scale)
     return worst, largest

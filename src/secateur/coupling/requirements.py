@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +122,7 @@ def classify(state: State, base: Base, extents: Iterable[Ids]) -> Classes:
     roots, column = roots[order], column[order]
     starts = np.flatnonzero(np.diff(roots, prepend=-1))
     signatures: dict[tuple[bytes, str | None], list[int]] = {}
-    for start, stop in zip(starts, [*starts[1:], len(roots)], strict=True):
+    for start, stop in pairwise([*starts, len(roots)]):
         root = int(roots[start])
         reason = atoms.reason(root)
         if root and reason != SILENT:

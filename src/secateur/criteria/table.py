@@ -64,6 +64,8 @@ def check_scores(graph: Graph, scores: Mapping[str, Tensor]) -> None:
         if group.name not in scores:
             raise InputError(f"no scores for group {group.name!r}; `score(graph, evidence, criterion)` makes them.")
         tensor = scores[group.name]
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"scores of {group.name!r} are {type(tensor).__name__}, expected a tensor.")
         if tuple(tensor.shape) != (group.channels,):
             raise InputError(f"scores of {group.name!r} have shape {list(tensor.shape)}, expected [{group.channels}].")
         if not torch.isfinite(tensor).all():
