@@ -651,6 +651,46 @@ CASES = (
         {"a": 8, "b": 3, "head": 3},
     ),
     Case(
+        "pixel unshuffle",
+        lambda: Net(
+            lambda s, x: s.head(pooled(F.relu(s.b(s.down(F.relu(s.a(x))))))),
+            a=conv(3, 6),
+            down=nn.PixelUnshuffle(2),
+            b=conv(24, 6),
+            head=head(6),
+        ),
+        {"a": 6, "b": 6},
+        HEAD,
+        {"a": 3, "b": 3, "head": 3},
+    ),
+    Case(
+        "transposed convolution in two groups",
+        lambda: Net(_three, a=conv(3, 8), b=nn.ConvTranspose2d(8, 12, 3, groups=2), c=conv(12, 5), head=head(5)),
+        {"a": 4, "b": 6, "c": 5},
+        HEAD,
+        {"a": 4, "b": 6, "c": 3, "head": 3},
+    ),
+    Case(
+        "transposed convolution in many groups",
+        lambda: Net(_three, a=conv(3, 8), b=nn.ConvTranspose2d(8, 16, 3, groups=8), c=conv(16, 5), head=head(5)),
+        {"a": 8, "c": 5},
+        {"b": "shared by all convolution groups", **HEAD},
+        {"a": 4, "b": 8, "c": 3, "head": 3},
+    ),
+    Case(
+        "embedding",
+        lambda: Net(
+            lambda s, x: s.head(F.relu(s.b(s.table(x).sum(1)))),
+            table=nn.Embedding(9, 8),
+            b=nn.Linear(8, 6),
+            head=head(6),
+        ),
+        {"table": 8, "b": 6},
+        HEAD,
+        {"table": 4, "b": 3, "head": 3},
+        inputs=lambda size: torch.arange(size * 4).view(size, 4) ** 2 % 9,
+    ),
+    Case(
         "pooling of all kinds",
         lambda: Net(
             _pools,
@@ -1070,6 +1110,16 @@ TRAPS = (
         "padded channels",
         _trap(lambda s, x: s.head(pooled(F.relu(s.twin(F.pad(s.a(x), (0, 0, 0, 0, 3, 5)))))), twin=lambda: conv(16, 6)),
     ),
+    Trap(
+        "cropped channels",
+        _trap(lambda s, x: _ends(s, s.a(x)) * pooled(F.pad(s.a(x), (0, 0, 0, 0, -3, -2))).sum(1, keepdim=True)),
+    ),
+    Trap("padded with ones", _trap(lambda s, x: _sum(s, F.pad(s.a(x), (1, 1, 1, 1, 2, 2), value=1.0)))),
+    Trap(
+        "unequal chunks",
+        _trap(lambda s, x: _ends(s, s.a(x)) * pooled(s.a(x).chunk(3, dim=1)[2]).sum(1, keepdim=True)),
+    ),
+    Trap("a float32 island", _trap(lambda s, x: _ends(s, F.relu(s.a(x)).float().double()))),
     Trap("unflattened by keyword", _trap(lambda s, x: _sum(s, s.a(x).unflatten(dim=1, sizes=(2, -1)).sum(1)))),
     Trap("split by keyword", _trap(lambda s, x: _sum(s, torch.split(s.a(x), dim=1, split_size_or_sections=4)[1]))),
     Trap(

@@ -154,6 +154,17 @@ def test_a_model_that_keeps_its_last_activation_can_be_pruned() -> None:
     assert model.seen.shape == (2, 8, 6, 6)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_callers_gradient_mode_does_not_matter(context: type) -> None:
+    model = two_stages()
+    expected = sc.trace(model, X).table()
+    with context():
+        assert sc.trace(model, X).table() == expected
+        pruned = sc.prune(model, X, sparsity=0.5)
+    pruned.model(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in pruned.model.parameters())
+
+
 def test_a_checkpointed_block_is_seen_through() -> None:
     def forward(s: Net, x: torch.Tensor) -> torch.Tensor:
         h = checkpoint(lambda t: F.relu(s.a(t)), x, use_reentrant=False)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import secateur as sc
 from nets_for_tests import CASES, Case, Net, conv, head, pooled, randomised
 from secateur.criteria.table import CRITERIA
-from secateur.errors import DataError, InputError, PlanMismatchError, UnknownNameError
+from secateur.errors import DataError, InputError, ModelError, PlanMismatchError, UnknownNameError
 
 CLASSIFIERS = [case for case in CASES if case.inputs is None and case.name != "mlp over positions"]
 
@@ -276,8 +276,8 @@ def test_not_a_number_in_a_weight_is_named() -> None:
     model = case.model()
     with torch.no_grad():
         model.b.weight[2, 0, 0, 0] = math.nan
-    graph = sc.trace(model, case.batch(2))
-    with pytest.raises(InputError, match="scores of 'b' are not finite"):
+    graph = sc.trace(case.model(), case.batch(2))
+    with pytest.raises(ModelError, match=r"parameter 'b\.weight' holds NaN"):
         sc.score(graph, sc.observe(model, graph), "l2")
 
 

@@ -284,12 +284,12 @@ def test_marks_on_parameters_survive() -> None:
     assert sc.prune(model, batch, sparsity=0.5).model.a.weight.no_weight_decay is True
 
 
-def test_the_shrunk_model_is_of_the_same_class_and_can_be_copied_and_compiled_ahead() -> None:
+def test_the_shrunk_model_is_of_the_same_class_and_can_be_copied_and_exported() -> None:
     model, batch = example()
     small = sc.prune(model, batch, sparsity=0.5).model
     assert type(small) is type(model)
     assert torch.equal(copy.deepcopy(small)(batch), small(batch))
-    assert torch.allclose(torch.jit.trace(small, batch)(batch), small(batch))
+    assert torch.allclose(torch.export.export(small, (batch,)).module()(batch), small(batch))
 
 
 def test_ten_prunings_in_a_row() -> None:
@@ -365,3 +365,23 @@ def test_an_edit_of_an_attribute_that_is_not_there_is_refused() -> None:
 def test_a_cut_checks_itself(kept: tuple[int, ...], words: str) -> None:
     with pytest.raises(PlanMismatchError, match=words):
         Cut("a.weight", 0, 8, kept)
+
+
+def test_a_forward_that_insists_on_its_own_precision_is_verified_in_it() -> None:
+    model = Net(lambda s, x: s.head(pooled(F.relu(s.a(x.float())))), a=conv(3, 8), head=head(8))
+    batch = torch.randn(2, 3, 6, 6)
+    plan = plan_for(model, batch)
+    small = sc.shrink(model, plan)
+    assert sc.verify(model, plan, small, batch) < 2e-6
+    with torch.no_grad():
+        small.a.bias.add_(0.01)
+    with pytest.raises(sc.VerificationError, match="allowed: 2e-06"):
+        sc.verify(model, plan, small, batch)
+
+
+def test_a_model_of_fixed_batch_size_is_verified_at_that_size() -> None:
+    model = Net(lambda s, x: s.head(pooled(F.relu(s.a(x)))) * torch.ones(2, 1), a=conv(3, 8), head=head(8))
+    batch = torch.randn(2, 3, 6, 6)
+    with pytest.raises(RuntimeError):
+        model(torch.cat([batch, batch]))
+    assert sc.prune(model, batch, sparsity=0.5).model(batch).shape == (2, 3)

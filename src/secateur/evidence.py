@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur.batches import Forward, Loss, default_forward, default_loss, move
 from secateur.coupling.groups import Graph, Group, Slot
@@ -46,6 +47,7 @@ class Evidence:
         return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
+@torch.inference_mode(False)
 def observe(
     model: nn.Module,
     graph: Graph,
@@ -81,8 +83,7 @@ def observe(
 def _gradient_pass(
     model: nn.Module, graph: Graph, data: Iterable[Any], forward: Forward, loss: Loss
 ) -> tuple[dict[str, Tensor], int]:
-    with torch.inference_mode(False):  # weights copied in inference mode would not take part in autograd
-        private = private_copy(model).eval()
+    private = private_copy(model).eval()
     parameters = dict(private.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -90,8 +91,8 @@ def _gradient_pass(
     sums = {group.name: torch.zeros(group.channels, dtype=torch.float64, device=device) for group in graph.prunable}
     batches = 0
     for raw in data:
-        batch = move(raw, device)
-        with torch.inference_mode(False), torch.enable_grad():
+        batch = tree_map_only(Tensor, _usable, move(raw, device))
+        with torch.enable_grad():
             value = loss(forward(private, batch), batch)
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -108,6 +109,11 @@ def _gradient_pass(
     if batches == 0:
         raise DataError("the data holds no batch; an exhausted generator? Pass something that can be iterated.")
     return {name: (total / batches).cpu() for name, total in sums.items()}, batches
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Autograd does not take part in what was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _taylor(group: Group, parameters: Mapping[str, Tensor]) -> Tensor | float:

@@ -14,6 +14,7 @@ from secateur.errors import DataError, InputError
 from secateur.inputs import check_model, private_copy
 
 
+@torch.inference_mode(False)
 def repair(small: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, batches: int = 100) -> nn.Module:
     """A copy of `small` whose BatchNorm statistics are the exact averages over up to `batches` batches of `data`.
 

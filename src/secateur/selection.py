@@ -68,11 +68,10 @@ def select(
     """Choose the channels to remove; see `Target` for how far.
 
     `scores`: per group name (channels,), higher means keep. `scope`: `layer`, every group loses the same fraction,
-    rounded down; `global`, all channels compete, their scores first divided by their group's mean unless `normalise`
-    is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it (in a
-    layer of several groups, each group's part). `keep_at_least`:
-    channels that every group keeps. `dense`: the graph of the model that the target is about, where `graph` is of a
-    model shrunk from it.
+    rounded down; `global`, all channels compete, their scores first divided by their group's mean magnitude unless
+    `normalise` is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it (in a
+    layer of several groups, each group's part). `keep_at_least`: channels that every group keeps. `dense`: the graph of
+    the model that the target is about, where `graph` is of a model shrunk from it.
 
     Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
     not fit, NothingToPruneError when every group is locked.
@@ -124,7 +123,7 @@ def _blocks(
         values = [scores[name].detach().cpu().to(float64).numpy() for name in names]
         orders = tuple(np.argsort(value, kind="stable") for value in values)
         if normalise:
-            values = [value / max(abs(value.mean()), np.finfo(np.float64).tiny) for value in values]
+            values = [value / (np.abs(value).mean() or 1.0) for value in values]
         ranked = [value[order] for value, order in zip(values, orders, strict=True)]
         blocks.append(
             Block(
@@ -282,7 +281,7 @@ def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, p
         cuts=tuple(cuts),
         edits=tuple(_edits(graph, counts)),
         shapes=graph.shapes,
-        widths=tuple(_widths(graph, cuts)),
+        widths=tuple(_widths(graph, cuts, counts)),
         channels=(sum(g.weight * g.channels for g, _ in free), sum(g.weight * count for g, count in free)),
         macs=(macs(dense), macs(counts)),
         params=(params(dense), params(counts)),
@@ -297,9 +296,10 @@ def _edits(graph: Graph, kept: Sequence[int]) -> Iterator[Edit]:
             yield Edit(attribute.module, attribute.name, attribute.index, attribute.value, after)
 
 
-def _widths(graph: Graph, cuts: Sequence[Cut]) -> Iterator[Width]:
+def _widths(graph: Graph, cuts: Sequence[Cut], kept: Sequence[int]) -> Iterator[Width]:
+    dense = [group.channels for group in graph.groups]
     after = {(cut.tensor, cut.dim): len(cut.kept) for cut in cuts}
     for producer in graph.producers:
         size = graph.shapes[producer.tensor][producer.dim]
         left = after.get((producer.tensor, producer.dim), size)
-        yield Width(producer.layer, size * producer.copies, left * producer.copies)
+        yield Width(producer.layer, size * producer.copies.at(dense), left * producer.copies.at(kept))

@@ -12,6 +12,7 @@ from secateur.inputs import check_model, private_copy
 from secateur.plans import Cut, Edit, Plan, tensor_shapes
 
 
+@torch.inference_mode(False)
 def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` without the channels that `plan` removes; the original is not touched.
 
@@ -31,12 +32,16 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
         new = _sliced(old, its_cuts)
         for store, key in owners[id(old)]:
             store[key] = new
+    marked = dict(small.named_parameters())
+    for name, parameter in model.named_parameters():
+        vars(marked[name]).update(vars(parameter))  # marks such as `no_weight_decay`, which copying loses
     for edit in plan.edits:
         _edit(small, edit)
     _update_attributes(small, {name.rpartition(".")[0] for name in cuts})
     return small
 
 
+@torch.inference_mode(False)
 def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` in which every slot of the plan is zero (running variances 1): what `shrink` must equal."""
     check_model(model)
@@ -62,9 +67,7 @@ def sliced(tensor: Tensor, cuts: list[Cut]) -> Tensor:
 def _sliced(old: Tensor, cuts: list[Cut]) -> Tensor:
     new = sliced(old.detach(), cuts)
     if isinstance(old, nn.Parameter):
-        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-        parameter.__dict__.update(old.__dict__)  # marks such as `no_weight_decay`
-        return parameter
+        return nn.Parameter(new, requires_grad=old.requires_grad)
     return new.requires_grad_(old.requires_grad)
 
 

@@ -26,6 +26,7 @@ from secateur.shrinking import sliced, zero_channels
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}  # relative to the output's largest value
 
 
+@torch.inference_mode(False)
 def verify(model: nn.Module, plan: Plan, small: nn.Module, example_inputs: Any) -> float:
     """The largest difference between `small` and `zero_channels(model, plan)`, relative to the output's largest value.
 

@@ -92,7 +92,7 @@ class Producer:
 
     tensor: str
     dim: int
-    copies: int  # output channels per position: more than 1 for a grouped transposed convolution
+    copies: Form  # output channels per position: more than 1 for a grouped transposed convolution
 
     @property
     def layer(self) -> str:
@@ -146,6 +146,7 @@ class Graph:
         return f"{self!r}\n{self.table()}"
 
 
+@torch.inference_mode(False)
 def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str | nn.Module] = ()) -> Graph:
     """Find the groups of `model` by running a copy of it once on copies of `example_inputs`, in eval mode.
 
@@ -238,7 +239,7 @@ def _assemble(
         balances=tuple(tuple(names[position[number]] for number in sorted(part)) for part in balances),
         shapes=shapes,
         producers=tuple(
-            Producer(tensor, dim, state.copies.get(tensor, 1))
+            Producer(tensor, dim, renumbered(_copies(state, classes, tensor)))
             for (tensor, dim), role in state.roles.items()
             if role == "output"
         ),
@@ -248,6 +249,11 @@ def _assemble(
             product(1, [(base.get((name, dim)), size) for dim, size in enumerate(shapes[name])]) for name in parameters
         ),
     )
+
+
+def _copies(state: State, classes: Classes, tensor: str) -> Form:
+    groups, live = state.copies.get(tensor, (1, None))
+    return count(state, classes, live, groups)
 
 
 def _slots(state: State, base: Base, classes: Classes) -> list[tuple[Slot, ...]]:

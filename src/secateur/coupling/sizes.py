@@ -123,7 +123,11 @@ def _escaping(name: str) -> Callable[..., Any]:
 for _name in OPERATIONS:
     setattr(TracedInt, f"__{_name}__", _traced(_name, reflected=False))
     setattr(TracedInt, f"__r{_name}__", _traced(_name, reflected=True))
-for _name in ("int", "float", "abs", "lt", "le", "gt", "ge", "truediv", "rtruediv", "pow", "rpow", "divmod", "rdivmod"):
+_ESCAPING = (
+    *("int", "float", "abs", "lt", "le", "gt", "ge", "truediv", "rtruediv", "pow", "rpow", "divmod", "rdivmod"),
+    *("lshift", "rlshift", "rshift", "rrshift", "and", "rand", "or", "ror", "xor", "rxor", "invert", "round"),
+)
+for _name in _ESCAPING:
     setattr(TracedInt, f"__{_name}__", _escaping(f"__{_name}__"))
 
 

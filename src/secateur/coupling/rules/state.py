@@ -50,7 +50,7 @@ class State:
     labels: list[Labels]  # by value
     origins: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # value -> leaf, its dims in order
     roles: dict[tuple[str, int], str] = field(default_factory=dict)  # (leaf, dim) -> output | input | scale
-    copies: dict[str, int] = field(default_factory=dict)  # leaf -> output channels per position of its output dimension
+    copies: dict[str, tuple[int, Ids | None]] = field(default_factory=dict)  # leaf -> how often its output dim counts
     fills: dict[str, float] = field(default_factory=dict)  # leaves whose removed entries are not zero
     requirements: list[Requirement] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur.coupling.labels import SILENT, Algebra, Labels
+from secateur.coupling.labels import SILENT, Algebra, Ids, Labels
 from secateur.coupling.rules.state import (
     Extent,
     NotCovered,
@@ -34,8 +34,6 @@ def convolution(state: State, node: Node) -> list[Labels]:
     _conv_work(state, node, weight, transposed)
     state.role(node.args[1], out_dim, "output")
     state.role(node.args[1], in_dim, "input")
-    if transposed and groups > 1 and node.args[1].value in state.origins:
-        state.copies[state.origins[node.args[1].value][0]] = groups
     channels = _channels_first(data.only(1), groups)
     weight_in, weight_out = weight.only(in_dim), weight.only(out_dim)
     if groups == 1:
@@ -84,6 +82,7 @@ def _grouped(
         joined = algebra.product(inner, outer, "meets a convolution of fixed groups")
         kept = [f.on(np.repeat(f.ids[:, 0], out_channels // groups)) for f in joined.factors]
         _require_groups(state, node, joined.only(0), groups)
+        _note_copies(state, node, groups, joined.only(0).factors[0].ids if joined.factors else None)
         return Labels((out_channels,), tuple(kept))
     why = "the same positions of all convolution groups go together"
     inner = _row(algebra.collapse(channels, [0], why))
@@ -92,10 +91,18 @@ def _grouped(
     if transposed:
         algebra.contract(inner, rows, 0)
         outputs = shared
+        _note_copies(state, node, groups, None)
     else:
         algebra.contract(inner, shared, 0)
         outputs = rows
     return Labels((out_channels,), tuple(f.on(np.tile(f.ids, groups)) for f in outputs.factors))
+
+
+def _note_copies(state: State, node: Node, groups: int, live: Ids | None) -> None:
+    """A transposed convolution makes as many channels per group as its weight says; `live`: atoms of the groups."""
+    origin = state.origins.get(node.args[1].value)
+    if node.args[6] and origin is not None:
+        state.copies[origin[0]] = groups, live
 
 
 def _row(labels: Labels) -> Labels:
@@ -108,10 +115,7 @@ def _require_groups(state: State, node: Node, groups: Labels | None, count: int)
     call = node.call
     if call is None or not call.name.startswith("conv"):
         raise NotCovered
-    position = 7 if "transpose" in call.name else 6
-    number = call.args[position] if len(call.args) > position else call.kwargs.get("groups", count)
-    if "transpose" in call.name and len(call.args) > 6:
-        number = call.args[6]  # conv_transpose takes groups before dilation
+    number = call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", count)
     extent: Extent | int = count
     if groups is not None and groups.factors:
         extent = extra_extent(state, groups)
