@@ -27,7 +27,7 @@ from secateur.nets import build
 from secateur.training import Fitted, Recipe, evaluate, fit
 
 HERE = Path(__file__).parent
-SETTINGS = (("l2", "layer"), ("l2", "global"), ("random", "layer"))  # criterion, scope
+SETTINGS = ("l2-layer", "random-layer", "l2-global")  # criterion-scope
 MAX_MACS = 0.5
 TRAINING = Recipe(epochs=36, lr=0.2, warmup_epochs=3, weight_decay=5e-4, bf16=True, channels_last=True)
 TUNING = Recipe(epochs=3, lr=0.02, weight_decay=5e-4, bf16=True, channels_last=True)
@@ -39,24 +39,24 @@ REPAIR_BATCHES = 40  # about 5,000 images, augmented like those the statistics w
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    results = _read(options.out)
-    results["protocol"] = _protocol(_training(options.epochs))
     for seed in options.seeds:
         splits = load_data("cifar10", options.data_dir, seed=seed, validation=VALIDATION)
         if options.stage in ("train", "all"):
-            _train(options, splits, seed, results)
+            _train(options, splits, seed)
         if options.stage in ("prune", "all"):
-            for criterion, scope in SETTINGS:
-                _prune(options, splits, seed, criterion, scope, results)
-    print(_table(results))
+            for setting in options.settings:
+                criterion, _, scope = setting.partition("-")
+                _prune(options, splits, seed, criterion, scope)
+    print(_table(_read(options.out)))
 
 
-def _train(options: argparse.Namespace, splits: Splits, seed: int, results: dict[str, Any]) -> Fitted:
+def _train(options: argparse.Namespace, splits: Splits, seed: int) -> Fitted:
     """Train the dense network of a seed, or read it back, and record it."""
     recipe = replace(_training(options.epochs), seed=seed)
     checkpoint = options.runs / f"dense-seed{seed}-epochs{recipe.epochs}.pt"
     fitted = fit(_fresh(seed), _training_batches(splits, seed), recipe, checkpoint=checkpoint, progress=True)
-    if (found := _found(results["dense"], seed=seed)) is None or found["epochs"] != recipe.epochs:
+    found = _found(_read(options.out)["dense"], seed=seed)
+    if found is None or found["epochs"] != recipe.epochs:
         seconds = [row.seconds for row in fitted.history]
         trial = {
             "seed": seed,
@@ -67,20 +67,18 @@ def _train(options: argparse.Namespace, splits: Splits, seed: int, results: dict
             "loss_per_epoch": [round(row.loss, 4) for row in fitted.history],
             "machine": describe(),
         }
-        results["dense"] = [row for row in results["dense"] if row["seed"] != seed] + [trial]
-        _write(options.out, results)
+        _add(options, "dense", trial, replacing={"seed": seed})
     return fitted
 
 
-def _prune(
-    options: argparse.Namespace, splits: Splits, seed: int, criterion: str, scope: str, results: dict[str, Any]
-) -> None:
+def _prune(options: argparse.Namespace, splits: Splits, seed: int, criterion: str, scope: str) -> None:
     """Prune, repair, fine-tune and record one setting on the network of one seed."""
-    if _found(results["pruned"], seed=seed, criterion=criterion, scope=scope) is not None:
+    setting = {"seed": seed, "criterion": criterion, "scope": scope}
+    if _found(_read(options.out)["pruned"], **setting) is not None:
         return
     import secateur as sc
 
-    dense = _train(options, splits, seed, results).model
+    dense = _train(options, splits, seed).model
     batches = _training_batches(splits, seed)
     example = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     start = time.perf_counter()
@@ -92,11 +90,11 @@ def _prune(
     checkpoint = options.runs / f"tuned-{criterion}-{scope}-seed{seed}-epochs{options.epochs}.pt"
     tuned = fit(repaired, _Later(batches, options.epochs), recipe, checkpoint=checkpoint, progress=True)
     summary = pruned.summary
-    results["pruned"].append(
+    _add(
+        options,
+        "pruned",
         {
-            "seed": seed,
-            "criterion": criterion,
-            "scope": scope,
+            **setting,
             **_scores("before_repair", pruned.model, splits),
             **_scores("after_repair", repaired, splits),
             **_scores("fine_tuned", tuned.model, splits),
@@ -107,9 +105,9 @@ def _prune(
             "prune_seconds": round(seconds, 2),
             "fine_tune_seconds": round(sum(row.seconds for row in tuned.history), 1),
             "machine": describe(),
-        }
+        },
+        replacing=setting,
     )
-    _write(options.out, results)
 
 
 def _training(epochs: int) -> Recipe:
@@ -166,8 +164,13 @@ def _read(path: Path) -> dict[str, Any]:
     return {"protocol": {}, "dense": [], "pruned": [], **found}
 
 
-def _write(path: Path, results: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
+def _add(options: argparse.Namespace, kind: str, row: dict[str, Any], *, replacing: Mapping[str, Any]) -> None:
+    """Put a row into the file as it is now: another process may have added to it since this one started."""
+    results = _read(options.out)
+    others = [other for other in results[kind] if any(other[key] != value for key, value in replacing.items())]
+    results[kind] = [*others, row]
+    results["protocol"] = _protocol(_training(options.epochs))
+    write_bytes(options.out, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def _found(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
@@ -197,6 +200,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=TRAINING.epochs, help="of the dense training")
     parser.add_argument("--stage", choices=("train", "prune", "all"), default="all")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="what to prune by")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     return parser.parse_args()
 

@@ -23,6 +23,8 @@ def slice_positions(state: State, node: Node) -> list[Labels]:
     start, stop = argument(node, 2, "start", None), argument(node, 3, "end", None)
     step = int(argument(node, 4, "step", 1))
     positions = np.arange(size)[slice(start, stop, step)]
+    if len(positions) == 0:
+        return [Labels(state.shape(node))]  # nothing of it is left to hang on anything
     if data.covered(dim) and len(positions) < size:
         data = _require_bounds(state, node, data, dim, int(positions[0]), int(positions[-1]) + 1, step)
     return [state.algebra.take(data, dim, positions)]
