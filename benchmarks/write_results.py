@@ -55,7 +55,7 @@ def cifar10_resnet20(results: Mapping[str, Any], file: str) -> str:
         ),
         "",
         *_table(
-            ["", "seed", "MACs", "params", "verified difference", "pruning took", "fine-tuning took"],
+            ["", "seed", "MACs", "params", "verified difference", "pruning took"],
             [_cost_row(row) for row in _ordered(pruned)],
         ),
         "",
@@ -95,7 +95,6 @@ def _cost_row(row: Mapping[str, Any]) -> list[str]:
         f"{params:,} -> {params_after:,} ({params_after / params:.1%})",
         f"{row['verified_difference']:.1e}",
         f"{row['prune_seconds']:.1f} s",
-        f"{row['fine_tune_seconds']:.0f} s",
     ]
 
 
