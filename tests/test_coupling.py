@@ -177,3 +177,20 @@ def test_the_number_of_samples_does_not_matter_for_the_groups() -> None:
     for case in CASES:
         one, many = (sc.trace(case.model(), case.batch(size)) for size in (2, 7))
         assert one.table() == many.table()
+
+
+def test_a_group_norm_with_a_bias_alone_does_not_make_zeros() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(1, 4, 1)
+            self.bias = nn.Parameter(torch.randn(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            # Sums over zeros are free. A dead group is 1 + noise of the input here, and so no zero after the norm.
+            h = F.group_norm(torch.sigmoid(self.a(x)) * x[:, :1], 4, None, self.bias)
+            return self.b(h.sum(1, keepdim=True))
+
+    graph = sc.trace(Net().eval(), torch.randn(2, 3, 6, 6))
+    assert not graph.prunable
+    assert "reduced by sum" in str(next(group for group in graph.groups if group.name == "a").locked)

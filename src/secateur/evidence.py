@@ -14,7 +14,7 @@ from secateur.batches import Forward, Loss, default_forward, default_loss, move
 from secateur.coupling.groups import Graph, Group, Slot
 from secateur.errors import DataError, InputError, UnknownNameError
 from secateur.inputs import check_model, check_weights, private_copy
-from secateur.plans import check_shapes, tensor_shapes
+from secateur.plans import check_shapes, named_tensors, tensor_shapes
 
 NEEDS = ("gradient",)
 
@@ -70,7 +70,7 @@ def observe(
     for need in needs:
         if need not in NEEDS:
             raise UnknownNameError("need", need, NEEDS)
-    tensors = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     check_weights(model)
     if not needs:
         return Evidence(tensors)

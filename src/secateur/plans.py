@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import PlanMismatchError
 
@@ -164,10 +164,14 @@ class Plan:
         return f"{self!r}\n{self.table()}"
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name; a tied tensor appears once, under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter and buffer; a tied tensor appears once, under its first name."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tuple(tensor.shape) for name, tensor in tensors}
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
 
 
 def check_shapes(

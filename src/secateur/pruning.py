@@ -193,7 +193,7 @@ def _lock_failing(model: nn.Module, graph: Graph, example_inputs: Any) -> Graph:
     """The graph with every group locked whose first channels cannot go alone."""
     macs, params = macs_of(graph), params_of(graph)
     for group in graph.prunable:
-        together = next((part for part in graph.balances if group.name in part), (group.name,))
+        together = graph.together(group.name)
         kept = [np.arange(g.channels - (g.name in together and g.channels > 1)) for g in graph.groups]
         plan = make_plan(graph, kept, macs, params)
         try:

@@ -9,6 +9,7 @@ where to stop.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, float64
 
-from secateur.coupling.groups import Graph, Slot
+from secateur.coupling.groups import Graph
 from secateur.criteria.table import check_scores
 from secateur.errors import InputError, NothingToPruneError, TargetError, UnknownNameError
 from secateur.plans import Cut, Edit, Plan, Width, human
@@ -113,10 +114,10 @@ def _blocks(
 ) -> list[Block]:
     numbers = {group.name: number for number, group in enumerate(graph.groups)}
     original = {group.signature: group.channels for group in dense.groups}
-    balanced = {name: part for part in graph.balances for name in part}
+    fixed = _fixed_positions(graph)
     blocks = []
     for group in graph.prunable:
-        names = balanced.get(group.name, (group.name,))
+        names = graph.together(group.name)
         if group.name != names[0]:
             continue
         members = tuple(numbers[name] for name in names)
@@ -131,35 +132,37 @@ def _blocks(
                 orders=orders,
                 scores=np.mean(ranked, axis=0),
                 original=original.get(group.signature, group.channels),
-                sizes=_step_sizes(graph, members, round_to, keep_at_least),
+                sizes=_step_sizes(graph, members, fixed, round_to, keep_at_least),
                 weight=sum(graph.groups[number].weight for number in members),
             )
         )
     return blocks
 
 
-def _step_sizes(graph: Graph, members: Sequence[int], round_to: int, keep_at_least: int) -> tuple[int, ...]:
+def _step_sizes(
+    graph: Graph, members: Sequence[int], fixed: Mapping[tuple[str, int], int], round_to: int, keep_at_least: int
+) -> tuple[int, ...]:
     """How many channels each step removes from every group of a block: widths end at multiples of `round_to`."""
     groups = [graph.groups[number] for number in members]
     floor = max(keep_at_least, *(group.least for group in groups))
-    lengths = [(slot.indices.shape[1], _fixed_positions(graph, slot)) for group in groups for slot in group.outputs]
+    slots = [slot for group in groups for slot in group.outputs]
+    lengths = [(slot.indices.shape[1], fixed.get((slot.tensor, slot.dim), 0)) for slot in slots]
     channels = groups[0].channels
     reachable = [channels]
     for kept in range(channels - 1, floor - 1, -1):
-        if all((positions * kept + fixed) % round_to == 0 for positions, fixed in lengths):
+        if all((positions * kept + others) % round_to == 0 for positions, others in lengths):
             reachable.append(kept)
     return tuple(before - after for before, after in pairwise(reachable))
 
 
-def _fixed_positions(graph: Graph, slot: Slot) -> int:
-    """Positions along a slot's dimension that belong to locked groups."""
-    return sum(
-        other.indices.size
-        for group in graph.groups
-        if group.locked is not None
-        for other in group.slots
-        if (other.tensor, other.dim) == (slot.tensor, slot.dim)
-    )
+def _fixed_positions(graph: Graph) -> Counter[tuple[str, int]]:
+    """Per (tensor, dim) the positions that belong to locked groups."""
+    fixed: Counter[tuple[str, int]] = Counter()
+    for group in graph.groups:
+        if group.locked is not None:
+            for slot in group.slots:
+                fixed[slot.tensor, slot.dim] += slot.indices.size
+    return fixed
 
 
 def _ordered_steps(blocks: Sequence[Block], scope: str) -> list[Step]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanMismatchError
 from secateur.inputs import check_model, private_copy
-from secateur.plans import Cut, Edit, Plan, tensor_shapes
+from secateur.plans import Cut, Edit, Plan, named_tensors, tensor_shapes
 
 
 @torch.inference_mode(False)
@@ -25,7 +25,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     cuts: dict[str, list[Cut]] = {}
     for cut in plan.cuts:
         cuts.setdefault(cut.tensor, []).append(cut)
-    tensors = dict(_named_tensors(small))
+    tensors = named_tensors(small)
     owners = _owners(small)
     for name, its_cuts in cuts.items():
         old = tensors[name]
@@ -47,7 +47,7 @@ def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
     check_model(model)
     plan.check(tensor_shapes(model))
     zeroed = private_copy(model)
-    tensors = dict(_named_tensors(zeroed))
+    tensors = named_tensors(zeroed)
     with torch.no_grad():
         for cut in plan.cuts:
             tensor = tensors[cut.tensor]
@@ -69,11 +69,6 @@ def _sliced(old: Tensor, cuts: list[Cut]) -> Tensor:
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)
     return new.requires_grad_(old.requires_grad)
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[dict[str, Tensor | None], str]]]:

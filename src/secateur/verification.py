@@ -20,7 +20,7 @@ from secateur.inputs import (
     other_batch,
     private_copy,
 )
-from secateur.plans import Plan
+from secateur.plans import Plan, named_tensors
 from secateur.shrinking import sliced, zero_channels
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}  # relative to the output's largest value
@@ -140,7 +140,7 @@ def _randomised(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[nn.Modu
 
 def _fits_in_double(model: nn.Module) -> bool:
     """Whether two float64 copies fit in half of the free memory."""
-    entries = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+    entries = sum(tensor.numel() for tensor in named_tensors(model).values())
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not on this platform

@@ -25,6 +25,11 @@ from secateur.plans import tensor_shapes
 IGNORED = "ignored by the caller"
 
 
+def _owner(tensor: str) -> str:
+    """The module that holds a tensor; a parameter of the model itself stands for itself."""
+    return tensor.rpartition(".")[0] or tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """The part of one tensor, along one dimension, that belongs to a group."""
@@ -38,7 +43,7 @@ class Slot:
     @property
     def layer(self) -> str:
         """The module that owns the tensor."""
-        return self.tensor.rpartition(".")[0] or self.tensor
+        return _owner(self.tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +102,7 @@ class Producer:
     @property
     def layer(self) -> str:
         """The module that owns the tensor."""
-        return self.tensor.rpartition(".")[0] or self.tensor
+        return _owner(self.tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +123,13 @@ class Graph:
         """The groups that are not locked."""
         return tuple(group for group in self.groups if group.locked is None)
 
+    def together(self, name: str) -> tuple[str, ...]:
+        """The groups that must keep equal counts with a group, itself among them."""
+        return next((part for part in self.balances if name in part), (name,))
+
     def lock(self, name: str, reason: str) -> Graph:
         """The same graph with a group, and those that must keep equal counts with it, locked."""
-        together = next((part for part in self.balances if name in part), (name,))
+        together = self.together(name)
         groups = tuple(replace(g, locked=reason) if g.name in together and not g.locked else g for g in self.groups)
         return replace(self, groups=groups, balances=tuple(part for part in self.balances if name not in part))
 

@@ -345,7 +345,7 @@ class Algebra:
         return self.lock_dim(labels, dim, why) if len(along) > 1 else labels
 
     def _because(self, why: str) -> str:
-        return f"{self.place}: {why}" if self.place else why
+        return f"{self.place}: {why}" if self.place and why != SILENT else why
 
 
 def _padded(labels: Labels, rank: int) -> Labels:

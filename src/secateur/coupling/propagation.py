@@ -33,8 +33,7 @@ def propagate(tape: Tape) -> tuple[State, Base, Counter[str]]:
     for value in tape.exported:
         state.algebra.lock(state.labels[value], "leaves torch, as a NumPy array or a list")
     for value in tape.outputs:
-        for factor in state.labels[value].factors:
-            state.algebra.atoms.lock(factor.ids, OUTPUT)
+        state.algebra.lock(state.labels[value], OUTPUT)
     _tie_remaining(state)
     _pin_unexplained(state)
     return state, base, unknown

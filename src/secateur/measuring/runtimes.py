@@ -6,7 +6,6 @@ A runtime is a function (model in eval mode, inputs, threads) -> callable. To ad
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateur.errors import InputError, SecateurError, UnknownNameError
-from secateur.inputs import Inputs
+from secateur.inputs import Inputs, private_copy
 
 Run = Callable[[], object]
 Runtime = Callable[[nn.Module, Inputs, int], Run]
@@ -34,7 +33,7 @@ def eager_channels_last(model: nn.Module, inputs: Inputs, threads: int) -> Run:
     def lay_out(tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
-    laid_out = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    laid_out = private_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     laid_out_inputs = inputs.map(lay_out)
     return lambda: laid_out_inputs.call(laid_out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from secateur.batches import (
     usable_device,
 )
 from secateur.errors import DataError
+from secateur.inputs import private_copy
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def evaluate(
         DataError: the data holds no batch.
     """
     where = _device_of(model) if device is None else usable_device(device)
-    runner = model if where == _device_of(model) else copy.deepcopy(model).to(where)
+    runner = model if where == _device_of(model) else private_copy(model).to(where)
     run, cost = forward or default_forward, loss or default_loss
     total = Tally()
     with in_eval_mode(runner), torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -18,6 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from secateur.batches import Forward, Loss, default_forward, default_loss, move, usable_device
 from secateur.errors import DataError, InputError, TrainingError
+from secateur.inputs import private_copy
 from secateur.training import hooks as hooking
 from secateur.training.checkpoints import identity, read_checkpoint, write_checkpoint
 from secateur.training.evaluating import Tally
@@ -89,7 +89,7 @@ def fit(
         raise InputError("the data is an iterator, good for one epoch: pass a list, a DataLoader or Batches.")
     if loss is not None and chosen.label_smoothing:
         raise InputError("label_smoothing belongs to the default loss: smooth in your own loss= and leave it at 0.")
-    trained = copy.deepcopy(model).to(where)
+    trained = private_copy(model).to(where)
     if chosen.channels_last:
         _set_memory_format_(trained, torch.channels_last)
     run = _Run(

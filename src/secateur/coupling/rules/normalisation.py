@@ -45,8 +45,7 @@ def batch_norm(state: State, node: Node) -> list[Labels | None]:
     factors = []
     for j in joined:
         decisive = j.zeros[1:3] if affine else [zero for number, zero in enumerate(j.zeros) if number != variance]
-        zero = all(decisive)
-        factors.append(j.factor(zero))
+        factors.append(j.factor(all(decisive)))
     return [Labels(shape, tuple(factors)), *[None] * (len(node.outputs) - 1)]
 
 
@@ -71,12 +70,11 @@ def group_norm(state: State, node: Node) -> list[Labels | None]:
         if isinstance(node.args[position], Ref):
             parts.append(_group_rows(algebra, state.of(node.args[position]), grouped, why))
     joined, _ = algebra.align(parts, why)
-    zero_from = parts[1:] if len(parts) == 3 else parts
+    affine = len(parts) == 3
     factors = []
     for j in joined:
-        zero = all(j.zeros[1:]) if len(zero_from) == 2 else all(j.zeros)
         ids = np.broadcast_to(j.ids, grouped).reshape((1, channels) + (1,) * (rank - 2))
-        factors.append(Factor(ids, zero))
+        factors.append(Factor(ids, all(j.zeros[1:] if affine else j.zeros)))
     _require_norm_groups(state, node, Labels((groups,), tuple(Factor(j.ids[:, 0], True) for j in joined)), groups)
     return [Labels(state.shape(node), tuple(factors)), *[None] * (len(node.outputs) - 1)]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur.coupling.labels import SILENT, Algebra, Ids, Labels
+from secateur.coupling.labels import SILENT, Ids, Labels
 from secateur.coupling.rules.state import (
     Extent,
     NotCovered,
@@ -29,7 +29,7 @@ def convolution(state: State, node: Node) -> list[Labels]:
     if len(data.shape) != len(weight.shape):
         raise NotCovered
     for dim in range(2, len(weight.shape)):
-        weight = _lock_silently(algebra, weight, dim)
+        weight = algebra.lock_dim(weight, dim, SILENT)
     data = algebra.collapse(data, [0, *range(2, len(data.shape))], "a convolution slides over it")
     _conv_work(state, node, weight, transposed)
     state.role(node.args[1], out_dim, "output")
@@ -45,13 +45,6 @@ def convolution(state: State, node: Node) -> list[Labels]:
     if isinstance(bias, Ref):
         result = algebra.add(result, algebra.reshape(state.of(bias), result.shape))
     return [Labels(out_shape, result.factors)]
-
-
-def _lock_silently(algebra: Algebra, labels: Labels, dim: int) -> Labels:
-    for factor in labels.factors:
-        if factor.spans(dim):
-            algebra.atoms.lock(factor.ids, SILENT)
-    return Labels(labels.shape, tuple(factor for factor in labels.factors if not factor.spans(dim)))
 
 
 def _channels_first(vector: Labels, groups: int) -> Labels:
