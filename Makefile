@@ -17,7 +17,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types contract slow results clean
+.PHONY: help demo test check format lint types contract slow results coupling clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -49,6 +49,10 @@ results: $(VENV)/.stamp-dev  ## Train and prune ResNet-20 on CIFAR-10, then writ
 	$(BIN)/python benchmarks/cifar10_resnet20.py $(ARGS)
 	$(BIN)/python benchmarks/write_results.py
 
+coupling: $(VENV)/.stamp-bench  ## Prune every architecture of the zoo with Secateur and with Torch-Pruning, side by side
+	$(BIN)/python benchmarks/coupling.py $(ARGS)
+	$(BIN)/python benchmarks/write_results.py
+
 clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) demo runs build htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
@@ -57,6 +61,12 @@ clean:  ## Remove the environment and everything generated
 $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[$*]'
+	@touch $@
+
+# Alone: torchvision and timm ask for a torch of their own, and the one that Secateur was run with must stay.
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt transformers tokenizers torch-pruning pyyaml
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps torchvision timm
 	@touch $@
 
 $(BIN)/python:

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from coupling_tables import headline_lines, protocol_line
+
 HERE = Path(__file__).resolve().parent
 INTRODUCTION = """\
 # Results
@@ -125,7 +127,25 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
-SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {"cifar10_resnet20": cifar10_resnet20}
+def coupling(results: Mapping[str, Any], file: str) -> str:
+    """Secateur and Torch-Pruning side by side; the table per model stays beside the figures."""
+    lines = [
+        "## Any model: side by side with Torch-Pruning",
+        "",
+        f"Command: `make coupling`. File: `benchmarks/results/{file}`, and per model "
+        "[benchmarks/results/coupling.md](../benchmarks/results/coupling.md).",
+        "",
+        protocol_line(results),
+        "",
+        *headline_lines(results),
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
+    "cifar10_resnet20": cifar10_resnet20,
+    "coupling": coupling,
+}
 
 
 def main() -> None:

@@ -11,17 +11,13 @@ import resource
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -403,61 +399,6 @@ def test_another_architecture_names_the_first_tensor_that_differs(valid: Path) -
         load(valid, nn.Linear(2, 2))
     with pytest.raises(ModelError, match="got PosixPath"):
         load(dense(), valid)  # type: ignore[arg-type]
-
-
-GOOD: list[bytes] = []
-
-
-def good_bytes() -> bytes:
-    if not GOOD:
-        with tempfile.TemporaryDirectory() as folder:
-            model = dense()
-            save(Result(shrink(model, plan_for(model)), plan_for(model)), Path(folder) / "file")
-            GOOD.append((Path(folder) / "file").read_bytes())
-    return GOOD[0]
-
-
-@st.composite
-def damaged(draw: st.DrawFn) -> bytes:
-    """A valid file with up to three bytes changed and up to one stretch cut out."""
-    content = bytearray(good_bytes())
-    last = len(content) - 1
-    for _ in range(draw(st.integers(0, 3))):
-        content[draw(st.integers(0, last))] = draw(st.integers(0, 255))
-    for _ in range(draw(st.integers(0, 1))):
-        start = draw(st.integers(0, last))
-        del content[start : start + draw(st.integers(0, last))]
-    return bytes(content)
-
-
-def loaded(content: bytes) -> nn.Module | None:
-    """The model in a file, or None where it was refused, as it may be, by a clear error."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "file"
-        path.write_bytes(content)
-        try:
-            return load(path, dense(seed=1))
-        except (ArtifactError, PlanMismatchError) as error:
-            assert content != good_bytes()
-            assert "\n" not in str(error)
-            return None
-
-
-@given(content=damaged())
-@settings(max_examples=200, deadline=None)
-def test_damaged_files_give_a_clear_error_or_the_same_model(content: bytes) -> None:
-    small = loaded(content)
-    if small is not None:
-        assert_same(small, shrink(dense(), plan_for(dense())))
-
-
-@given(content=damaged())
-@settings(max_examples=200, deadline=None)
-def test_nor_does_a_forged_checksum_help(content: bytes) -> None:
-    with mock.patch("secateur.artifacts._matches", return_value=True):
-        small = loaded(content)
-    if small is not None:
-        assert tensor_shapes(small) == plan_for(dense()).shapes_after()
 
 
 # What saving refuses, and what it leaves behind

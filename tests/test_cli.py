@@ -55,7 +55,7 @@ def test_torch_is_not_imported_for_help():
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("demo", "inspect", "prune", "measure", "criteria"):
+    for name in ("demo", "inspect", "prune", "measure", "export", "criteria"):
         assert name in result.output
 
 
@@ -103,6 +103,29 @@ def test_measure_compares_an_artefact_with_the_dense_model(tmp_path, weights):
     assert result.exit_code == 0, result.output
     assert "eager" in result.stdout
     assert "the baseline" in result.stdout
+
+
+def test_export_writes_the_pruned_model_and_says_what_is_dynamic(tmp_path, weights):
+    from secateur.artifacts import load
+
+    small, out = tmp_path / "small.safetensors", tmp_path / "small.pt2"
+    options = ["--sparsity", "0.5", "--checkpoint", weights, "--out", small]
+    assert run("prune", "digits_net", *SHAPE, *options).exit_code == 0
+    result = run("export", "digits_net", *SHAPE, "--artifact", small, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "dynamic: batch 1 or more" in result.stdout
+    assert "batch 2 and batch 3" in result.stdout
+    assert "fresh" not in result.stderr
+    images = torch.randn(5, 1, 8, 8)
+    program = torch.export.load(out)  # written by this test
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), load(small, digits_net()).eval()(images))
+
+
+def test_exporting_fresh_weights_says_so(tmp_path):
+    result = run("export", "digits_net", *SHAPE, "--out", tmp_path / "net.pt2")
+    assert result.exit_code == 0, result.output
+    assert "not trained" in result.stderr
 
 
 def test_criteria_are_listed_with_what_they_need():
@@ -167,6 +190,13 @@ def test_the_same_seed_builds_the_same_weights():
         ),
         (["measure", "digits_net", *SHAPE, "--runtime", "eagre"], "UnknownNameError", ["'eager'"]),
         (["measure", "digits_net", *SHAPE, "--artifact", "none.safetensors"], "ArtifactError", ["none.safetensors"]),
+        (["export", "digits_net", *SHAPE, "--out", "net.pt"], "InputError", [".pt2", ".onnx", "'net.pt'"]),
+        (["export", "digits_net", *SHAPE, "--out", "net.pt2", "--tolerance", "-1"], "InputError", ["-1"]),
+        (
+            ["export", "digits_net", *SHAPE, "--out", "net.pt2", "--artifact", "a", "--checkpoint", "b"],
+            "InputError",
+            ["--artifact", "--checkpoint"],
+        ),
     ],
 )
 def test_a_wrong_argument_gets_one_line(arguments, kind, words, tmp_path, monkeypatch):

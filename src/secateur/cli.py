@@ -229,6 +229,45 @@ def measure(
 
 
 @app.command()
+def export(
+    model: Model,
+    *,
+    out: Annotated[Path, typer.Option(help="The file to write: .pt2 (PyTorch) or .onnx.")],
+    artifact: Annotated[
+        Path | None, typer.Option(help="The pruned version of the model to export (saved by `prune`).")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights of the dense model (.safetensors).")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Difference to allow, relative to the largest output.", show_default="by its ops"),
+    ] = None,
+    shapes: Shapes = ONE_IMAGE,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a model, or with --artifact its pruned version, for other programs to run, and check what was written.
+
+    The batch size stays open, and so does the length of sequences, wherever the model allows.
+    """
+    from secateur.artifacts import load
+    from secateur.exporting import export as exported
+    from secateur.naming import example_inputs, named_model
+
+    if artifact is not None and checkpoint is not None:
+        raise InputError("--artifact brings its own weights: leave out --checkpoint.")
+    net, inputs = named_model(model, seed), example_inputs(shapes, seed)
+    if artifact is not None:
+        net = load(artifact, net)
+    elif checkpoint is not None:
+        _load_weights_(net, checkpoint)
+    else:
+        typer.echo(
+            "Note: no --artifact and no --checkpoint was given, so the weights are fresh, not trained.", err=True
+        )
+    _show(str(exported(net, inputs, out, tolerance=tolerance)))
+
+
+@app.command()
 def criteria(debug: Debug = False) -> None:
     """List the criteria: what each scores, what it needs to see, and where it comes from."""
     import inspect as reflection

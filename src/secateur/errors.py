@@ -52,6 +52,10 @@ class ArtifactError(SecateurError):
     """A saved file is missing, damaged, of another kind, or not trusted."""
 
 
+class ExportError(SecateurError):
+    """A model that cannot be exported, or whose exported form computes something else; says why."""
+
+
 class DataError(SecateurError):
     """A data set is missing, empty or malformed."""
 

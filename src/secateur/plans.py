@@ -7,14 +7,16 @@ attributes that change with them, and the shapes of the model it fits. It prints
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
 
+from secateur.attention import MultiheadAttention, replaceable
 from secateur.errors import PlanMismatchError
+from secateur.graphforms import Program, graph_form
 
 FORMAT = 1
 
@@ -53,6 +55,14 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """A module that is replaced before tensors are cut, by one with the same parameters that can shrink."""
+
+    module: str
+    program: Program | None  # its graph form; None: the attention module that can lose heads
+
+
+@dataclass(frozen=True)
 class Width:
     """One row of the per-layer table: the output width of a layer, before and after."""
 
@@ -73,6 +83,7 @@ class Plan:
     macs: tuple[int, int] = (0, 0)  # multiply-accumulates of one forward pass on the example inputs: before, after
     params: tuple[int, int] = (0, 0)  # before, after
     groups: tuple[str, ...] = ()  # names of the groups that lose channels
+    replacements: tuple[Replacement, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -121,6 +132,7 @@ class Plan:
             macs=(self.macs[0], later.macs[1]),
             params=(self.params[0], later.params[1]),
             groups=tuple(dict.fromkeys([*self.groups, *later.groups])),
+            replacements=_both(self.replacements, later.replacements),
         )
 
     @property
@@ -130,13 +142,15 @@ class Plan:
 
     def to_json(self) -> str:
         """One line of JSON; `Plan.from_json` gives back an equal plan."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
+        replacements = [[r.module, r.program and r.program.to_data()] for r in self.replacements]
+        values = {**{f.name: getattr(self, f.name) for f in fields(self)}, "replacements": replacements}
+        return json.dumps({"format": FORMAT, **values}, default=asdict, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan written by `to_json`. Raises PlanMismatchError where the text is no plan, or contradicts itself."""
         try:
-            plan = _parsed(json.loads(text))
+            plan = _parsed(json.loads(text, parse_constant=_refused))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanMismatchError(f"not a plan: {type(error).__name__}: {error}") from error
         if len({(cut.tensor, cut.dim) for cut in plan.cuts}) < len(plan.cuts):
@@ -164,6 +178,18 @@ class Plan:
         return f"{self!r}\n{self.table()}"
 
 
+def _both(first: tuple[Replacement, ...], later: tuple[Replacement, ...]) -> tuple[Replacement, ...]:
+    """A module replaced twice keeps the attributes of both graph forms, and runs the later one."""
+    merged = {replacement.module: replacement for replacement in first}
+    for replacement in later:
+        before = merged.get(replacement.module)
+        if before is not None and before.program is not None and replacement.program is not None:
+            sizes = {**before.program.sizes, **replacement.program.sizes}
+            replacement = replace(replacement, program=replace(replacement.program, sizes=sizes))  # noqa: PLW2901
+        merged[replacement.module] = replacement
+    return tuple(merged.values())
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name; a tied tensor appears once, under its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -172,6 +198,31 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter and buffer; a tied tensor appears once, under its first name."""
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+
+
+def replaced(model: nn.Module, replacements: Iterable[Replacement]) -> nn.Module:
+    """`model` itself, with modules exchanged for ones of the same parameters that can shrink.
+
+    Raises PlanMismatchError for a module that is not there, or not of the kind that the plan exchanges.
+    """
+    for replacement in replacements:
+        try:
+            old = model.get_submodule(replacement.module)
+        except AttributeError as error:
+            raise PlanMismatchError(f"the model has no {replacement.module!r}, which the plan replaces.") from error
+        if isinstance(old, MultiheadAttention) and replacement.program is None:
+            continue  # in an earlier pruning
+        if replacement.program is None and not replaceable(old):
+            raise PlanMismatchError(f"{replacement.module!r} is no nn.MultiheadAttention, as the plan expects.")
+        program = replacement.program
+        new = MultiheadAttention(cast(nn.MultiheadAttention, old)) if program is None else graph_form(old, program)
+        if old is model:
+            return new
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is old:
+                    parent._modules[name] = new
+    return model
 
 
 def check_shapes(
@@ -208,6 +259,7 @@ def _parsed(raw: dict[str, Any]) -> Plan:
         macs=_pair(raw.pop("macs")),
         params=_pair(raw.pop("params")),
         groups=tuple(map(str, raw.pop("groups"))),
+        replacements=tuple(_parsed_replacement(*entry) for entry in raw.pop("replacements")),
     )
     if raw:
         raise PlanMismatchError(f"not a plan of this version: it also says {', '.join(sorted(raw))}.")
@@ -218,9 +270,17 @@ def _parsed_cut(tensor: Any, dim: Any, size: Any, kept: Any, fill: Any) -> Cut:
     return Cut(str(tensor), _index(dim), _index(size), tuple(map(_index, kept)), float(fill))
 
 
+def _parsed_replacement(module: Any, program: Any) -> Replacement:
+    return Replacement(str(module), None if program is None else Program.from_data(program))
+
+
 def _parsed_edit(module: Any, attribute: Any, index: Any, before: Any, after: Any) -> Edit:
     position = None if index is None else _index(index)
     return Edit(str(module), str(attribute), position, _index(before), _index(after))
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of a plan")
 
 
 def _index(value: Any) -> int:

@@ -289,6 +289,7 @@ def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, p
         macs=(macs(dense), macs(counts)),
         params=(params(dense), params(counts)),
         groups=tuple(group.name for group, count in free if count < group.channels),
+        replacements=tuple(c.replacement for c in graph.replacements if any(counts[g] < dense[g] for g in c.groups)),
     )
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from secateur.errors import PlanMismatchError
 from secateur.inputs import check_model, private_copy
-from secateur.plans import Cut, Edit, Plan, named_tensors, tensor_shapes
+from secateur.plans import Cut, Edit, Plan, named_tensors, replaced, tensor_shapes
 
 
 @torch.inference_mode(False)
@@ -21,7 +23,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     """
     check_model(model)
     plan.check(tensor_shapes(model))
-    small = private_copy(model)
+    small = replaced(private_copy(model), plan.replacements)
     cuts: dict[str, list[Cut]] = {}
     for cut in plan.cuts:
         cuts.setdefault(cut.tensor, []).append(cut)
@@ -130,15 +132,54 @@ def _prelu(module: nn.PReLU) -> None:
     module.num_parameters = module.weight.numel()
 
 
+def _recurrent(module: nn.RNNBase) -> None:
+    module._init_flat_weights()
+    recurrent = _matrix(module, "weight_hh_l0")
+    module.input_size = _matrix(module, "weight_ih_l0").shape[1]
+    if module.proj_size:
+        module.proj_size, module.hidden_size = _matrix(module, "weight_hr_l0").shape
+    else:
+        module.hidden_size = recurrent.shape[1]
+
+
+def _recurrent_cell(module: nn.RNNCellBase) -> None:
+    module.input_size = _matrix(module, "weight_ih").shape[1]
+    module.hidden_size = _matrix(module, "weight_hh").shape[1]
+
+
+def _matrix(module: nn.Module, name: str) -> Tensor:
+    matrix = getattr(module, name)
+    assert isinstance(matrix, Tensor)
+    return matrix
+
+
+def _hooked(module: nn.Module) -> None:
+    """Weights that a hook computes before each forward are plain attributes: bring them to their new shape."""
+    with torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                hook(module, ())
+            elif isinstance(hook, SpectralNorm):
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+
+
+def _bilinear(module: nn.Bilinear) -> None:
+    module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
 # The one table of leaf modules: their descriptive attributes follow from their tensors. Attributes that decide what
 # forward does (groups, num_groups, sizes of views) come with the plan.
 LEAF_ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[..., None]], ...] = (
+    (nn.Module, _hooked),
     (nn.Linear, _linear),
     (nn.modules.conv._ConvNd, _conv),
     (nn.modules.batchnorm._NormBase, _batch_norm),
     (nn.GroupNorm, _group_norm),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent_cell),
+    (nn.Bilinear, _bilinear),
 )
 
 

@@ -1,7 +1,7 @@
-"""Reading safetensors files that nobody vouches for: every claim of the header is checked before it is believed.
+"""Reading safetensors and JSON files that nobody vouches for: every claim is checked before it is believed.
 
-The format is an 8-byte little-endian header length, a JSON header (tensor name -> dtype, shape, data offsets, and
-`__metadata__`, a table of texts), and the tensors' bytes, one after the other without gaps.
+The safetensors format is an 8-byte little-endian header length, a JSON header (tensor name -> dtype, shape, data
+offsets, and `__metadata__`, a table of texts), and the tensors' bytes, one after the other without gaps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +43,8 @@ DTYPES = {
 }
 _LENGTH_BYTES = 8
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_JSON_LIMIT = 10_000_000  # bytes; a config with ten thousand labels has a twentieth of it
+_MESSAGE_LENGTH = 300  # characters of a file's own words in an error
 _MOST_DIMS = 64  # torch's own limit
 _LARGEST = 2**63  # sizes and offsets are int64 in torch
 
@@ -73,7 +76,7 @@ def read_header(path: Path | str) -> tuple[dict[str, str], dict[str, Entry]]:
             entries[name], start, end = _entry(claim)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
-                f"{path} is damaged: the header says nonsense about tensor {name!r} ({error})."
+                f"{path} is damaged: the header says nonsense about tensor {clipped(name)!r} ({clipped(error)})."
             ) from error
         spans.append((start, end, name))
     _check_cover(path, sorted(spans), data_bytes)
@@ -114,27 +117,54 @@ def check_entries(actual: Mapping[str, Entry], expected: Mapping[str, Entry], pa
             )
     for name in actual:
         if name not in expected:
-            raise ArtifactError(f"{path} holds a tensor {name!r} that the model does not have.")
+            raise ArtifactError(f"{path} holds a tensor {clipped(name)!r} that the model does not have.")
+
+
+def clipped(text: object) -> str:
+    """What a file says, on one line and cut short: fit for a message."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= _MESSAGE_LENGTH else f"{line[:_MESSAGE_LENGTH]}..."
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises ArtifactError for everything else, and for a file of absurd size."""
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _JSON_LIMIT:
+            raise ArtifactError(f"{path} has {size:,} bytes; at most {_JSON_LIMIT:,} are read.")
+        text = file.read(_JSON_LIMIT)
+    return _json_object(text, f"{path} is damaged: it")
 
 
 def _parse(path: Path | str) -> tuple[dict[str, Any], int]:
     """The header as JSON, and how many bytes of tensors follow it."""
+    with _opened(path) as file:
+        text, data_bytes = _header_text(path, file)
+    return _json_object(text, f"{path} is damaged: its header"), data_bytes
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[BinaryIO]:
+    """An ordinary file, open for reading. Raises ArtifactError for what is absent, unreadable or no ordinary file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - accepts what Path() refuses with other errors
             raise ArtifactError(f"{path} is not a file but a folder or a device.")
         with open(path, "rb") as file:  # noqa: PTH123
-            text, data_bytes = _header_text(path, file)
+            yield file
     except FileNotFoundError as error:
         raise ArtifactError(f"there is no file {path}.") from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _json_object(text: bytes, subject: str) -> dict[str, Any]:
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and absurdly long numbers
-        raise ArtifactError(f"{path} is damaged: its header is not readable JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise ArtifactError(f"{path} is damaged: its header is not a JSON object.")
-    return header, data_bytes
+        raise ArtifactError(f"{subject} is not readable JSON ({clipped(error)}).") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{subject} is not a JSON object.")
+    return value
 
 
 def _header_text(path: Path | str, file: BinaryIO) -> tuple[bytes, int]:
@@ -172,6 +202,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
 def _entry(claim: Any) -> tuple[Entry, int, int]:
     if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("expected dtype, shape and data_offsets")
@@ -196,7 +230,9 @@ def _check_cover(path: Path | str, spans: list[tuple[int, int, str]], data_bytes
     position = 0
     for start, end, name in spans:
         if start != position:
-            raise ArtifactError(f"{path} is damaged: tensor {name!r} starts at byte {start:,}, expected {position:,}.")
+            raise ArtifactError(
+                f"{path} is damaged: tensor {clipped(name)!r} starts at byte {start:,}, expected {position:,}."
+            )
         position = end
     if position > data_bytes:
         raise ArtifactError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.coupling.tape import output_tensors
+from secateur.coupling.recording import output_tensors
 from secateur.errors import VerificationError
 from secateur.inputs import (
     Inputs,

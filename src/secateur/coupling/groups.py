@@ -13,21 +13,29 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from secateur.attention import replaceable
+from secateur.coupling.graphforms import GraphForms
 from secateur.coupling.propagation import Base, propagate
-from secateur.coupling.requirements import Classes, Form, count, solve
+from secateur.coupling.recording import record
+from secateur.coupling.requirements import Classes, Form, Solution, count, solve
 from secateur.coupling.rules.state import State
 from secateur.coupling.sizes import Attribute
-from secateur.coupling.tape import Tape, record
-from secateur.errors import ExampleInputsError, InputError, SecateurError
+from secateur.coupling.tape import Tape
+from secateur.errors import ExampleInputsError, InputError, SecateurError, UnknownNameError
 from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating, private_copy
-from secateur.plans import tensor_shapes
+from secateur.plans import Replacement, replaced, tensor_shapes
 
 IGNORED = "ignored by the caller"
+FORMS = ("live", "graph")
 
 
 def _owner(tensor: str) -> str:
-    """The module that holds a tensor; a parameter of the model itself stands for itself."""
-    return tensor.rpartition(".")[0] or tensor
+    """The module that holds a tensor, also one behind a parametrization; a model's own parameter stands for itself."""
+    return (
+        tensor.partition(".parametrizations.")[0]
+        if ".parametrizations." in tensor
+        else (tensor.rpartition(".")[0] or tensor)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +114,14 @@ class Producer:
 
 
 @dataclass(frozen=True, eq=False)
+class Candidate:
+    """A module that is replaced as soon as one of the groups (by number) loses a channel."""
+
+    replacement: Replacement
+    groups: frozenset[int]
+
+
+@dataclass(frozen=True, eq=False)
 class Graph:
     """What `trace` found: groups, ops without a rule, and parts that must keep equal counts."""
 
@@ -117,6 +133,7 @@ class Graph:
     attributes: Mapping[Attribute, Form]  # integer attributes that follow the kept counts
     macs: tuple[Product, ...]
     params: tuple[Product, ...]
+    replacements: tuple[Candidate, ...] = ()
 
     @property
     def prunable(self) -> tuple[Group, ...]:
@@ -156,28 +173,36 @@ class Graph:
 
 
 @torch.inference_mode(False)
-def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str | nn.Module] = ()) -> Graph:
+def trace(
+    model: nn.Module, example_inputs: Any, *, ignore: Iterable[str | nn.Module] = (), form: str = "live"
+) -> Graph:
     """Find the groups of `model` by running a copy of it once on copies of `example_inputs`, in eval mode.
 
     What that one forward pass does is what is seen: layers that it does not use keep their shape.
 
     `ignore`: modules, names or patterns ("head", "layer4.*"): their outputs are locked, their inputs may shrink.
+    `form`: "live", the shrunk model is of the same class and runs its own forward, only submodules may be replaced by
+    their graph form; "graph", the whole model may be.
 
     Raises ModelError for a model that must be unwrapped first, ExampleInputsError where inputs and model do not fit.
     """
     check_model(model)
+    if form not in FORMS:
+        raise UnknownNameError("form", form, FORMS)
     inputs = as_inputs(example_inputs)
     check_devices(model, inputs)
     ignored = _ignored_modules(model, ignore)
-    private = private_copy(model)
+    attentions = [Replacement(name, None) for name, module in model.named_modules() if replaceable(module)]
+    private = replaced(private_copy(model), attentions)
     with evaluating(private):
         tape = _record(private, inputs.map(torch.clone))
     state, base, unknown = propagate(tape)
     for (tensor, dim), ids in base.items():
         if tensor.rpartition(".")[0] in ignored and state.roles.get((tensor, dim)) != "input":
             state.algebra.atoms.lock(ids, IGNORED)
-    solution = solve(state, base)
-    return _assemble(model, state, base, solution.classes, solution.attributes, solution.balances, unknown)
+    forms = GraphForms(private, state, whole=form == "graph")
+    solution = solve(state, base, forms.obstacle)
+    return _assemble(model, state, base, solution, unknown, attentions, forms)
 
 
 def _record(model: nn.Module, inputs: Inputs) -> Tape:
@@ -212,11 +237,12 @@ def _assemble(
     model: nn.Module,
     state: State,
     base: Base,
-    classes: Classes,
-    attributes: Mapping[Attribute, Form],
-    balances: Iterable[tuple[int, ...]],
+    solution: Solution,
     unknown: Counter[str],
+    attentions: Iterable[Replacement],
+    forms: GraphForms,
 ) -> Graph:
+    classes = solution.classes
     slots = _slots(state, base, classes)
     flagged = [classes.of_root[state.algebra.atoms.find(ids)].ravel() for ids in state.at_least_two]
     two = set(np.concatenate(flagged).tolist()) if flagged else set()
@@ -236,6 +262,13 @@ def _assemble(
     def renumbered(form: Form) -> Form:
         return Form(form.constant, {position[group]: c for group, c in form.terms.items()})
 
+    candidates = [
+        Candidate(replacement, frozenset(n for n, group in enumerate(groups) if _touches(group, replacement.module)))
+        for replacement in attentions
+    ]
+    for replacement, numbers in forms.replacements(solution):
+        candidates.append(Candidate(replacement, frozenset(position[n] for n in numbers)))
+
     def product(constant: int, lengths: Iterable[tuple[Any, int]]) -> Product:
         forms = [renumbered(count(state, classes, ids, size)) for ids, size in lengths]
         return Product(constant, tuple(forms))
@@ -245,19 +278,24 @@ def _assemble(
     return Graph(
         groups=groups,
         unknown=dict(unknown),
-        balances=tuple(tuple(names[position[number]] for number in sorted(part)) for part in balances),
+        balances=tuple(tuple(names[position[number]] for number in sorted(part)) for part in solution.balances),
         shapes=shapes,
         producers=tuple(
             Producer(tensor, dim, renumbered(_copies(state, classes, tensor)))
             for (tensor, dim), role in state.roles.items()
             if role == "output"
         ),
-        attributes={attribute: renumbered(form) for attribute, form in attributes.items()},
+        attributes={attribute: renumbered(form) for attribute, form in solution.attributes.items()},
         macs=tuple(product(work.constant, [(ids, len(ids)) for ids in work.lengths]) for work in state.work),
         params=tuple(
             product(1, [(base.get((name, dim)), size) for dim, size in enumerate(shapes[name])]) for name in parameters
         ),
+        replacements=tuple(c for c in candidates if c.groups),
     )
+
+
+def _touches(group: Group, module: str) -> bool:
+    return any(slot.layer == module or slot.tensor.startswith(f"{module}.") for slot in group.slots)
 
 
 def _copies(state: State, classes: Classes, tensor: str) -> Form:
@@ -282,7 +320,7 @@ def _slots(state: State, base: Base, classes: Classes) -> list[tuple[Slot, ...]]
             positions = positions[np.argsort(row[roots[positions]], kind="stable")]
             indices = positions.reshape(len(classes.members[number]), -1)
             role = state.roles.get((tensor, dim), "other")
-            found[number].append(Slot(tensor, dim, indices, role, state.fills.get(tensor, 0.0)))
+            found[number].append(Slot(tensor, dim, indices, role, state.fills.get((tensor, dim), 0.0)))
     return [tuple(slots) for slots in found]
 
 

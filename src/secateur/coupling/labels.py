@@ -41,6 +41,10 @@ class Atoms:
         self._count += count
         return ids
 
+    def all(self) -> Ids:
+        """Every atom but the fixed one."""
+        return np.arange(1, self._count)
+
     def find(self, ids: Ids) -> Ids:
         """The representative of each atom's class."""
         roots = self._parent[ids]
@@ -206,7 +210,7 @@ class Algebra:
         new = tuple(shape)
         if 0 in labels.shape:
             return Labels(new)
-        blocks = _blocks(labels.shape, new)
+        blocks = matching_blocks(labels.shape, new)
         kept = []
         for factor in labels.factors:
             full_old, full_new = [1] * len(labels.shape), [1] * len(new)
@@ -359,7 +363,7 @@ def _broadcast(sizes: Iterable[int]) -> int:
     return wide.pop() if wide else 1
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def matching_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Runs of old and new dimensions with equal products, in order: a view never mixes across them."""
     blocks = []
     i = j = 0

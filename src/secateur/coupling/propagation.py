@@ -7,18 +7,20 @@ from collections.abc import Collection
 from itertools import zip_longest
 from operator import index
 
-from secateur.coupling.labels import Algebra, Factor, Ids, Labels
+import numpy as np
+
+from secateur.coupling.labels import SILENT, Algebra, Factor, Ids, Labels
 from secateur.coupling.rules import rule_for
-from secateur.coupling.rules.state import NotCovered, Requirement, State
-from secateur.coupling.sizes import TracedInt
-from secateur.coupling.tape import Node, Tape
+from secateur.coupling.rules.reductions import REDUCTIONS
+from secateur.coupling.rules.state import NotCovered, Requirement, State, traced_arguments
+from secateur.coupling.tape import Node, Ref, Tape
 
 OUTPUT = "its size is part of the model's output"
 
 Base = dict[tuple[str, int], Ids]
 
-# Calls that scale by a size inside (SDPA) or compute views from a literal head count: opaque until they have rules.
-_OPAQUE_CALLS = ("scaled_dot_product_attention", "multi_head_attention_forward")
+# Calls that compute views from a literal head count inside. (An nn.MultiheadAttention is replaced before recording.)
+_OPAQUE_CALLS = ("multi_head_attention_forward",)
 
 
 def propagate(tape: Tape) -> tuple[State, Base, Counter[str]]:
@@ -26,17 +28,35 @@ def propagate(tape: Tape) -> tuple[State, Base, Counter[str]]:
     state = State(tape, Algebra(), [Labels(value.shape) for value in tape.values])
     base = _label_leaves(state, {ref for node in tape.nodes for ref in node.refs()} | set(tape.outputs))
     unknown: Counter[str] = Counter()
+    needed = _needed(tape)
     for number, node in enumerate(tape.nodes):
-        state.algebra.place = node.place
-        _apply(state, node, number, unknown)
+        if number in needed or node.name.removeprefix("aten.") not in REDUCTIONS:
+            state.algebra.place = node.place
+            _apply(state, node, number, unknown)
     state.algebra.place = ""
     for value in tape.exported:
         state.algebra.lock(state.labels[value], "leaves torch, as a NumPy array or a list")
     for value in tape.outputs:
         state.algebra.lock(state.labels[value], OUTPUT)
     _tie_remaining(state)
+    _lock_unowned(state, base)
     _pin_unexplained(state)
     return state, base, unknown
+
+
+def _needed(tape: Tape) -> set[int]:
+    """The nodes that the output, or a length read in forward, hangs on; and all that write to memory.
+
+    The others run all the same, and must still fit. Only what they compute does not matter: a mean over the heads that
+    nobody reads (the attention weights) need not be exact.
+    """
+    values, nodes = {*tape.outputs, *tape.exported, *tape.sized}, set()
+    for number in range(len(tape.nodes) - 1, -1, -1):
+        node = tape.nodes[number]
+        if node.op._schema.is_mutable or not values.isdisjoint(node.outputs) or not node.outputs:
+            nodes.add(number)
+            values.update(node.refs())
+    return nodes
 
 
 def _label_leaves(state: State, used: Collection[int]) -> Base:
@@ -54,17 +74,19 @@ def _label_leaves(state: State, used: Collection[int]) -> Base:
                 shape = [size if d == dim else 1 for d in range(len(value.shape))]
                 factors.append(Factor(ids.reshape(shape), True))
         state.labels[number] = Labels(value.shape, tuple(factors))
-        state.origins[number] = value.leaf.name, tuple(range(len(value.shape)))
+        state.origins[number] = tuple((value.leaf.name, dim) for dim in range(len(value.shape)))
     return base
 
 
 def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None:
     refs = node.refs()
-    if not refs:
+    if not refs and rule_for(node) is None:
         return  # a new tensor: its size is checked by its traced integers
     for ref in refs:
         if _is_stale(state.tape, ref, number):
             _fix(state, ref, "reads memory that was written through another view")
+    written = node.args[0] if node.op._schema.is_mutable and node.outputs and node.args else None
+    old = state.labels[written.value] if isinstance(written, Ref) else None
     rule = rule_for(node)
     opaque = node.call is not None and node.call.name in _OPAQUE_CALLS
     results: list[Labels | None] = []
@@ -79,6 +101,9 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
     for output, labels in zip_longest(node.outputs, results):
         if output is not None and labels is not None:
             state.labels[output] = state.algebra.simplify(labels)
+    if old is not None and _same_labels(state, old, state.labels[node.outputs[0]]):
+        for value in state.tape.values:  # what was written has the labels of what was there: other views stay right
+            value.stale_after = None if value.stale_after == number else value.stale_after
     for ref in refs:
         if state.tape.values[ref].stale_after == number:
             _fix(state, ref, "written through another view")
@@ -87,6 +112,15 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
 def _is_stale(tape: Tape, value: int, node: int) -> bool:
     after = tape.values[value].stale_after
     return after is not None and after < node
+
+
+def _same_labels(state: State, old: Labels, new: Labels) -> bool:
+    """Whether a write changed nothing about what is dead, and about what is zero there."""
+    find, old = state.algebra.atoms.find, state.algebra.simplify(old)
+    return len(old.factors) == len(new.factors) and all(
+        a.ids.shape == b.ids.shape and (b.zero or not a.zero) and np.array_equal(find(a.ids), find(b.ids))
+        for a, b in zip(old.factors, new.factors, strict=True)
+    )
 
 
 def _fix(state: State, value: int, why: str) -> None:
@@ -112,6 +146,14 @@ def _tie_remaining(state: State) -> None:
     state.labels[:] = [state.algebra.simplify(labels) for labels in state.labels]
 
 
+def _lock_unowned(state: State, base: Base) -> None:
+    """New tensors made in forward that meet no parameter keep their size."""
+    atoms = state.algebra.atoms
+    owned = np.unique(atoms.find(np.concatenate([np.zeros(0, np.int64), *base.values()])))
+    everything = np.unique(atoms.find(atoms.all()))
+    atoms.lock(np.setdiff1d(everything, owned), SILENT)
+
+
 def _pin_unexplained(state: State) -> None:
     """Sizes that reached a call no rule accounts for, or left integer arithmetic, must keep their values."""
     seen = set()
@@ -120,18 +162,13 @@ def _pin_unexplained(state: State) -> None:
         if call is None or id(call) in state.explained or id(call) in seen:
             continue
         seen.add(id(call))
-        for number in _traced(call.args) + _traced(tuple(call.kwargs.values())):
+        for path, number in traced_arguments(call):
             place = f"{node.place}: its size is an argument of {call.name}"
-            state.requirements.append(Requirement(number.expression, index(number), place))
-    for expression, value in state.tape.escaped:
-        state.requirements.append(Requirement(expression, value, "its size is used as a number in forward"))
-
-
-def _traced(tree: object) -> list[TracedInt]:
-    if isinstance(tree, TracedInt):
-        return [tree]
-    if isinstance(tree, slice):
-        return _traced((tree.start, tree.stop, tree.step))
-    if isinstance(tree, (list, tuple)):
-        return [number for entry in tree for number in _traced(entry)]
-    return []
+            value = index(number)
+            state.requirements.append(Requirement(number.expression, value, place, value, call, path, call.frame))
+    for escape in state.tape.escaped.entries:
+        if escape.binds:
+            place = "its size is used as a number in forward"
+            state.requirements.append(
+                Requirement(escape.expression, escape.value, place, escape.value, frame=escape.frame, escapes=True)
+            )

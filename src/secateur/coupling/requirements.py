@@ -3,12 +3,14 @@
 Every count of live positions is a linear form in the groups' kept counts, since all channels of a group appear equally
 often in every counted dimension (that is part of what makes a group). A requirement "this number equals that count" is
 then an equation between forms. Where it holds identically, nothing is to do. Where it misses by a multiple of (a - b),
-a and b are *balanced*. Where a lone attribute is unknown, it is solved for. Anything else locks the groups involved.
+a and b are *balanced*. Where a lone attribute is unknown, it is solved for. Where nothing of that helps, the module
+whose code holds the number is replaced by its graph form, in which the number is an attribute of its own. What no graph
+form can express locks the groups involved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -20,6 +22,9 @@ from secateur.coupling.labels import SILENT, Ids, Labels
 from secateur.coupling.propagation import Base
 from secateur.coupling.rules.state import Extent, Requirement, State
 from secateur.coupling.sizes import Arithmetic, Attribute, Expression, Size, mentioned
+from secateur.coupling.tape import Frame
+
+Obstacle = Callable[[Frame], str | None]  # what keeps a module call from being replaced by its graph form
 
 
 @dataclass(frozen=True)
@@ -79,21 +84,31 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class Override:
+    """A requirement that only the graph form of its module meets."""
+
+    requirement: Requirement
+    attribute: Attribute | None  # that stands in the number's place; None where the number is no more
+    groups: frozenset[int]  # as long as these are whole, the module itself will do
+
+
+@dataclass(frozen=True)
 class Solution:
     """What the requirements say."""
 
     classes: Classes
     attributes: dict[Attribute, Form]
     balances: list[tuple[int, ...]]
+    overrides: list[Override]
 
 
-def solve(state: State, base: Base) -> Solution:
+def solve(state: State, base: Base, obstacle: Obstacle) -> Solution:
     """Sort atoms into groups and satisfy every requirement, locking what cannot be satisfied."""
     requirements = [r for r in dict.fromkeys(state.requirements) if _may_vary(state, r)]
     extents = _extents(state, requirements)
     while True:
         classes = classify(state, base, extents)
-        outcome = _satisfy(state, classes, requirements)
+        outcome = _satisfy(state, classes, requirements, obstacle)
         if isinstance(outcome, Solution):
             return outcome
         for group, why in outcome.items():
@@ -175,13 +190,17 @@ def _may_vary(state: State, requirement: Requirement) -> bool:
     return any(state.labels[extent.value].covered(extent.dim) for extent in extents)
 
 
-def _satisfy(state: State, classes: Classes, requirements: list[Requirement]) -> Solution | dict[int, str]:
+def _satisfy(
+    state: State, classes: Classes, requirements: list[Requirement], obstacle: Obstacle
+) -> Solution | dict[int, str]:
     """All requirements met, or the groups to lock, with the reasons."""
-    scope = Scope(state, classes, {}, {})
+    scope = Scope(state, classes, obstacle)
     settled = False
     while not settled:
         settled = True
         for requirement in requirements:
+            if scope.is_overridden(requirement):
+                continue
             target = scope.target(requirement)
             value = scope.evaluate(requirement.expression)
             if value is not None and (value - target).is_zero:
@@ -192,14 +211,17 @@ def _satisfy(state: State, classes: Classes, requirements: list[Requirement]) ->
                 scope.attributes[solved[0]] = solved[1]
             elif pairs is not None:
                 _merge_all(scope.leader, pairs)
-            else:
+            elif not scope.override(requirement):
                 return scope.blame(requirement)
             settled = False
     for requirement in requirements:
-        if scope.evaluate(requirement.expression, exactly=True) is None:
+        if not scope.is_overridden(requirement):
+            whole = scope.evaluate(requirement.expression, exactly=True) is not None
+        else:
+            whole = scope.target(requirement).is_whole
+        if not whole and not (scope.override(requirement) and scope.target(requirement).is_whole):
             return scope.blame(requirement)
-    varying = {attribute: form for attribute, form in scope.attributes.items() if form.terms}
-    return Solution(classes, varying, _balances(scope.leader))
+    return scope.solution()
 
 
 @dataclass(frozen=True)
@@ -208,18 +230,61 @@ class Scope:
 
     state: State
     classes: Classes
-    attributes: dict[Attribute, Form]  # solved so far
-    leader: dict[int, int]  # group -> the first group of its balance
+    obstacle: Obstacle
+    attributes: dict[Attribute, Form] = field(default_factory=dict)  # solved so far
+    leader: dict[int, int] = field(default_factory=dict)  # group -> the first group of its balance
+    overrides: dict[Requirement, Attribute | None] = field(default_factory=dict)
+    replaced: dict[str, int] = field(default_factory=dict)  # module -> size attributes of its graph form so far
+    sizes: dict[Extent, Form] = field(default_factory=dict)
 
     def size(self, extent: Extent) -> Form:
         """The live positions of an extent."""
-        ids = extent_ids(self.state, extent)
-        return count(self.state, self.classes, ids, extent.stop).renamed(self.leader)
+        if extent not in self.sizes:
+            self.sizes[extent] = count(self.state, self.classes, extent_ids(self.state, extent), extent.stop)
+        return self.sizes[extent].renamed(self.leader)
 
     def target(self, requirement: Requirement) -> Form:
         """What the expression of a requirement must come to."""
         extent = requirement.extent
         return Form(Fraction(extent)) if isinstance(extent, int) else self.size(extent)
+
+    def is_overridden(self, requirement: Requirement) -> bool:
+        """Whether the graph form of its module has no such requirement any more."""
+        frame = requirement.frame
+        if requirement in self.overrides:
+            return True
+        if requirement.path is None and requirement.escapes and frame is not None and frame.module in self.replaced:
+            self.overrides[requirement] = None
+            return True
+        return False
+
+    def override(self, requirement: Requirement) -> bool:
+        """Put an attribute of a graph form in the number's place, where the module can be replaced."""
+        frame, escapes = requirement.frame, requirement.path is None and requirement.escapes
+        if frame is None or requirement in self.overrides or not (escapes or requirement.path is not None):
+            return False
+        here = requirement.call, requirement.path
+        if not escapes and any((other.call, other.path) == here for other in self.overrides):
+            return False  # one number cannot follow two lengths
+        if self.obstacle(frame) is not None:
+            return False
+        number = self.replaced.setdefault(frame.module, 0)
+        self.overrides[requirement] = None
+        if not escapes:
+            self.replaced[frame.module] += 1
+            self.overrides[requirement] = Attribute(frame.module, f"size_{number}", None, requirement.value)
+        return True
+
+    def solution(self) -> Solution:
+        """What has been found, all requirements being met."""
+        attributes = dict(self.attributes)
+        overrides = []
+        for requirement, attribute in self.overrides.items():
+            if attribute is not None:
+                attributes[attribute] = self.target(requirement)
+            overrides.append(Override(requirement, attribute, frozenset(self.involved(requirement))))
+        varying = {attribute: form.renamed(self.leader) for attribute, form in attributes.items() if form.terms}
+        return Solution(self.classes, varying, _balances(self.leader), overrides)
 
     def evaluate(self, expression: Expression, *, exactly: bool = False) -> Form | None:
         """The expression as a form, None where it is none. An attribute nobody solved for keeps its value.
@@ -257,16 +322,21 @@ class Scope:
                 return self.solve_for(unknown, inverse)
         return None
 
-    def blame(self, requirement: Requirement) -> dict[int, str]:
-        """The groups that make a requirement fail, with the reason to lock them for."""
+    def involved(self, requirement: Requirement) -> set[int]:
+        """The groups whose channels make a requirement fail."""
         target, value = self.target(requirement), self.evaluate(requirement.expression)
-        involved = set(target.terms) if value is None else set((value - target).terms)
-        if not involved:
-            sizes = [leaf for leaf in mentioned(requirement.expression) if isinstance(leaf, Size)]
-            involved = {group for size in sizes for group in self.size(_extent_of(self.state, size)).terms}
-        followers = {group for group, first in self.leader.items() if first in involved}
+        groups = set(target.terms) if value is None else set((value - target).terms)
+        if not groups:
+            forms = [self.evaluate(leaf) for leaf in mentioned(requirement.expression)]
+            groups = {group for form in forms if form is not None for group in form.terms}
+        return groups | {group for group, first in self.leader.items() if first in groups}
+
+    def blame(self, requirement: Requirement) -> dict[int, str]:
+        """The groups to lock for a requirement that cannot be met, with the reason."""
         unlocked = {group for group, reason in enumerate(self.classes.locked) if reason is None}
-        return dict.fromkeys(involved | followers or unlocked, _why(requirement))
+        frame = requirement.frame
+        obstacle = None if frame is None else self.obstacle(frame)
+        return dict.fromkeys(self.involved(requirement) or unlocked, _why(requirement, obstacle))
 
 
 def _compute(operation: str, left: Form, right: Form) -> Form | None:
@@ -332,7 +402,8 @@ def _balances(leader: Mapping[int, int]) -> list[tuple[int, ...]]:
     return [tuple(sorted(members)) for members in sets.values()]
 
 
-def _why(requirement: Requirement) -> str:
+def _why(requirement: Requirement, obstacle: str | None) -> str:
+    why = f"{requirement.place}: a size there cannot follow"
     if isinstance(requirement.expression, int):
-        return f"{requirement.place}: the code says {requirement.expression}, a number that cannot follow"
-    return f"{requirement.place}: a size there cannot follow"
+        why = f"{requirement.place}: the code says {requirement.expression}, a number that cannot follow"
+    return why if obstacle is None else f"{why}, and its module has no graph form: {obstacle}"

@@ -5,14 +5,15 @@ will follow when channels go, and which attribute must change, the recorded forw
 that carry an expression along. An int that lost its expression is a literal, and a literal never follows.
 
 What leaves integer arithmetic (a division by the width, a comparison with it) *escapes*: it is noted with its value,
-and must keep that value in the shrunk model. Two numbers found equal must stay equal.
+and must keep that value in the shrunk model. Two numbers found equal must stay equal. Each escape is noted with the
+call of a module in which it happened, because a module that is replaced by its graph form has no such code any more.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -45,7 +46,32 @@ class Arithmetic:
 
 
 Expression = int | Attribute | Size | Arithmetic
-Escapes = list[tuple[Expression, int]]
+
+
+@dataclass(frozen=True)
+class Escape:
+    """An expression that must keep its value, and the frame (`tape.Frame`) whose code used it."""
+
+    expression: Expression
+    value: int
+    frame: Any
+    binds: bool  # whether the shrunk model must keep the value
+    relation: str | None  # what a graph form must find again: the value ("keep"), or its relation to 0
+
+
+@dataclass
+class Escapes:
+    """The escapes of one recording. The recorder keeps `frame` at the module call under way."""
+
+    entries: list[Escape] = field(default_factory=list)
+    frame: Any = None
+
+    def add(self, expression: Expression, value: int, *, binds: bool = True, relation: str | None = "keep") -> None:
+        """Note that the code under way used this number."""
+        if not isinstance(expression, int):
+            self.entries.append(Escape(expression, value, self.frame, binds, relation))
+
+
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -70,7 +96,7 @@ class TracedInt(int):
 
     def escape(self) -> int:
         """The plain number, noted as one whose further use nobody sees."""
-        self.escaped.append((self.expression, index(self)))
+        self.escaped.add(self.expression, index(self))
         return index(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
@@ -83,8 +109,9 @@ class TracedInt(int):
 
     def __eq__(self, other: object) -> bool:
         equal = int.__eq__(self, other)
-        if equal is True and isinstance(other, int):
-            self.escaped.append((Arithmetic("sub", self.expression, expression_of(other)), 0))
+        if equal is not NotImplemented and isinstance(other, int) and not _says_nothing("eq", self, other):
+            difference = Arithmetic("sub", self.expression, expression_of(other))
+            self.escaped.add(difference, index(self) - index(other), binds=equal, relation="eq")
         return bool(equal) if equal is not NotImplemented else equal
 
     def __ne__(self, other: object) -> bool:
@@ -110,6 +137,31 @@ def _traced(name: str, *, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     return method
 
 
+def _says_nothing(relation: str, left: TracedInt, right: int) -> bool:
+    """Whether the comparison holds for every length: no dimension that shrinks ever reaches 0."""
+    literal = not isinstance(right, TracedInt) and isinstance(left.expression, (Attribute, Size)) and index(left) > 0
+    return literal and (index(right) <= 0 or (relation == "lt" and index(right) == 1))
+
+
+def _comparing(name: str, relation: str) -> Callable[..., Any]:
+    """A decision: the shrunk model keeps both numbers, a graph form only how they compare."""
+    compute = getattr(int, name)
+
+    def method(self: TracedInt, other: Any) -> Any:
+        if not isinstance(other, int):
+            return compute(self.escape(), other)
+        if _says_nothing(relation, self, other):
+            return compute(index(self), index(other))
+        difference = Arithmetic("sub", self.expression, expression_of(other))
+        self.escaped.add(difference, index(self) - index(other), binds=False, relation=relation)
+        for number in (self, other):
+            if isinstance(number, TracedInt):
+                self.escaped.add(number.expression, index(number), relation=None)
+        return compute(index(self), index(other))
+
+    return method
+
+
 def _escaping(name: str) -> Callable[..., Any]:
     compute = getattr(int, name)
 
@@ -124,9 +176,11 @@ for _name in OPERATIONS:
     setattr(TracedInt, f"__{_name}__", _traced(_name, reflected=False))
     setattr(TracedInt, f"__r{_name}__", _traced(_name, reflected=True))
 _ESCAPING = (
-    *("int", "float", "abs", "lt", "le", "gt", "ge", "truediv", "rtruediv", "pow", "rpow", "divmod", "rdivmod"),
+    *("int", "float", "abs", "truediv", "rtruediv", "pow", "rpow", "divmod", "rdivmod"),
     *("lshift", "rlshift", "rshift", "rrshift", "and", "rand", "or", "ror", "xor", "rxor", "invert", "round"),
 )
+for _name, _relation in (("lt", "lt"), ("ge", "lt"), ("le", "le"), ("gt", "le")):
+    setattr(TracedInt, f"__{_name}__", _comparing(f"__{_name}__", _relation))
 for _name in _ESCAPING:
     setattr(TracedInt, f"__{_name}__", _escaping(f"__{_name}__"))
 

@@ -6,17 +6,16 @@ A runtime is a function (model in eval mode, inputs, threads) -> callable. To ad
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateur.errors import InputError, SecateurError, UnknownNameError
+from secateur.errors import InputError, ModelError, UnknownNameError
 from secateur.inputs import Inputs, private_copy
+from secateur.onnxgraphs import feed, onnx_model, open_session, runtime_package
+from secateur.programs import prepared, program_of
 
 Run = Callable[[], object]
 Runtime = Callable[[nn.Module, Inputs, int], Run]
@@ -48,27 +47,14 @@ def compiled(model: nn.Module, inputs: Inputs, threads: int) -> Run:
 
 
 def onnxruntime(model: nn.Module, inputs: Inputs, threads: int) -> Run:
-    """ONNX Runtime on the CPU, from a temporary export of the model."""
-    try:
-        import onnx  # noqa: F401 - torch.onnx needs both and says so less clearly
-        import onnxruntime as ort
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"the runtime 'onnxruntime' needs {error.name}: pip install 'secateur[onnx]'.") from error
+    """ONNX Runtime on the CPU, from an export of the model that is kept in memory."""
+    runtime_package("the runtime 'onnxruntime'")
     if any(tensor.device.type != "cpu" for tensor in inputs.tensors()):
         raise InputError("the runtime 'onnxruntime' runs on the CPU here: move the model and the inputs with `.cpu()`.")
-    flat = _Flat(model, inputs)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only
-    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(flat, tuple(flat.tensors), path, dynamo=True, verbose=False)
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    feed = {name: tensor.detach().numpy() for name, tensor in zip(names, flat.tensors, strict=True)}
-    return lambda: session.run(None, feed)
+    program = program_of(prepared(model, inputs), inputs)  # of fixed sizes, which is what the others are timed with
+    session = open_session(onnx_model(program), threads=threads)
+    fed = feed(session, inputs)
+    return lambda: session.run(None, fed)
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -95,7 +81,7 @@ def prepare(name: str, model: nn.Module, inputs: Inputs, threads: int) -> Run:
     try:
         run = runtime(name)(model, inputs, threads)
         run()
-    except SecateurError:
+    except (InputError, ModelError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -103,23 +89,3 @@ def prepare(name: str, model: nn.Module, inputs: Inputs, threads: int) -> Run:
             f"the runtime {name!r} cannot run this model ({reason}). Leave it out, or see the cause above."
         ) from error
     return run
-
-
-class _Flat(nn.Module):
-    """The model as a function of its tensors alone, so that an export keeps their order whatever their nesting."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training  # or the exporter warns about a model that is in eval mode already
-        leaves, self.spec = tree_flatten((inputs.args, dict(inputs.kwargs)))
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.constants: list[Any] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def forward(self, *tensors: Tensor) -> Any:
-        leaves = list(self.constants)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.model(*args, **kwargs)

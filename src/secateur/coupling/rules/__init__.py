@@ -9,12 +9,39 @@ from __future__ import annotations
 
 import torch
 
-from secateur.coupling.rules import normalisation, parts, reductions, shapes, weights  # they enter their rules
+from secateur.coupling.rules import (  # they enter their rules
+    attention,
+    creation,
+    indexing,
+    normalisation,
+    parametrised,
+    parts,
+    products,
+    recurrent,
+    reductions,
+    shapes,
+    weights,
+    windows,
+)
 from secateur.coupling.rules.pointwise import POINTWISE, pointwise
 from secateur.coupling.rules.state import RULES, Rule
 from secateur.coupling.tape import Node
 
-__all__ = ["normalisation", "parts", "reductions", "rule_for", "shapes", "weights"]
+__all__ = [
+    "attention",
+    "creation",
+    "indexing",
+    "normalisation",
+    "parametrised",
+    "parts",
+    "products",
+    "recurrent",
+    "reductions",
+    "rule_for",
+    "shapes",
+    "weights",
+    "windows",
+]
 
 
 def rule_for(node: Node) -> Rule | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from secateur.coupling.labels import Algebra, Factor, Labels
+from secateur.coupling.rules.origins import carry_elementwise
 from secateur.coupling.rules.state import (
     NotCovered,
+    Path,
     State,
     extra_extent,
     rule,
@@ -41,6 +43,7 @@ def batch_norm(state: State, node: Node) -> list[Labels | None]:
                 variance = len(tensors) - 1
                 _fill_with_one(state, leaf)
     state.role(node.args[1], 0, "scale")
+    carry_elementwise(state, node, node.refs())
     joined, shape = algebra.align(tensors, "normalised with statistics of fixed size")
     factors = []
     for j in joined:
@@ -52,7 +55,7 @@ def batch_norm(state: State, node: Node) -> list[Labels | None]:
 def _fill_with_one(state: State, variance: Ref) -> None:
     """A running variance of 0 would divide by almost nothing: removed entries hold 1 instead."""
     origin = state.origins.get(variance.value)
-    if origin is None:
+    if origin is None or origin[0] is None:
         raise NotCovered
     state.fills[origin[0]] = 1.0
 
@@ -88,8 +91,9 @@ def _require_norm_groups(state: State, node: Node, groups: Labels, count: int) -
     call = node.call
     if call is None or call.name != "group_norm":
         raise NotCovered
+    path: Path = (1,) if len(call.args) > 1 else ("num_groups",)
     number = call.args[1] if len(call.args) > 1 else call.kwargs["num_groups"]
-    state.require(node, number, extra_extent(state, groups) if groups.factors and count > 1 else count)
+    state.require(node, number, extra_extent(state, groups) if groups.factors and count > 1 else count, path)
     state.explained.add(id(call))
 
 

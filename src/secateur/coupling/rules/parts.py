@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from secateur.coupling.labels import Factor, Labels
-from secateur.coupling.rules.state import Extent, Requirement, State, argument, rule
+from secateur.coupling.rules.recurrent import is_recurrent, tied_gates
+from secateur.coupling.rules.state import Extent, Path, Requirement, State, argument, rule
 from secateur.coupling.sizes import Size
 from secateur.coupling.tape import Node
 
@@ -33,25 +34,40 @@ def slice_positions(state: State, node: Node) -> list[Labels]:
 def _require_bounds(state: State, node: Node, data: Labels, dim: int, first: int, last: int, step: int) -> Labels:
     """Bounds as the user's code computed them, or a lock where it says nothing about them."""
     call, value = node.call, node.args[0].value
-    bounds = _key_slices(call.args[1], len(data.shape)).get(dim) if call and call.name == "__getitem__" else None
-    if bounds is None or step != 1 or any(isinstance(b, int) and index(b) < 0 for b in (bounds.start, bounds.stop)):
+    key = _key_slices(call.args[1], len(data.shape)) if call and call.name == "__getitem__" else {}
+    path, bounds = key.get(dim, ((), None))
+    if (
+        call is None
+        or bounds is None
+        or step != 1
+        or any(isinstance(b, int) and index(b) < 0 for b in (bounds.start, bounds.stop))
+    ):
         return state.algebra.lock_dim(data, dim, "channels are picked by fixed positions")
     state.explained.add(id(call))
     if first > 0:
-        state.require(node, bounds.start, Extent(value, dim, first))
+        state.require(node, bounds.start, Extent(value, dim, first), (*path, "start"))
     if last < data.shape[dim]:
-        state.require(node, bounds.stop, Extent(value, dim, last))
+        state.require(node, bounds.stop, Extent(value, dim, last), (*path, "stop"))
     return data
 
 
-def _key_slices(key: Any, rank: int) -> dict[int, slice]:
-    """The slices of an indexing key by the dimension they meet, as indexing applies them one after another."""
-    entries = list(key) if isinstance(key, (tuple, list)) else [key]
+def _counts_from_the_end(bounds: slice) -> bool:
+    return any(isinstance(bound, int) and index(bound) < 0 for bound in (bounds.start, bounds.stop))
+
+
+def _key_slices(key: Any, rank: int) -> dict[int, tuple[Path, slice]]:
+    """The slices of an indexing key by the dimension they meet, as indexing applies them one after another.
+
+    With each comes where it stands in the call `x[key]`.
+    """
+    several = isinstance(key, (tuple, list))
+    entries = list(key) if several else [key]
     used = sum(1 for entry in entries if entry is not None and entry is not Ellipsis)
-    slices, dim = {}, 0
-    for entry in entries:
+    slices: dict[int, tuple[Path, slice]] = {}
+    dim = 0
+    for place, entry in enumerate(entries):
         if isinstance(entry, slice):
-            slices[dim] = entry
+            slices[dim] = ((1, place) if several else (1,)), entry
         if entry is Ellipsis:
             dim += rank - used
         elif not (isinstance(entry, int) and not isinstance(entry, bool)):
@@ -94,7 +110,9 @@ def split(state: State, node: Node) -> list[Labels]:
     data = state.of(node.args[0])
     dim = int(argument(node, 2, "dim", 0)) % len(data.shape)
     sizes = [state.shape(node, number)[dim] for number in range(len(node.outputs))]
-    if data.covered(dim):
+    if data.covered(dim) and is_recurrent(node) and len(set(sizes)) == 1:
+        data = tied_gates(state, data, dim, len(sizes))
+    elif data.covered(dim):
         data = _require_parts(state, node, data, dim, sizes)
     parts, start = [], 0
     for size in sizes:
@@ -112,16 +130,19 @@ def _require_parts(state: State, node: Node, data: Labels, dim: int, sizes: Sequ
         if len(set(sizes)) > 1 or len(sizes) != _chunks(call.args, call.kwargs):
             return state.algebra.lock_dim(data, dim, "split into unequal chunks")
         numbers: list[Any] = [None] * len(sizes)
+        paths: list[Path] = [()] * len(sizes)
     else:
-        given = call.args[1] if len(call.args) > 1 else next(iter(call.kwargs.values()))
-        numbers = list(given) if isinstance(given, (list, tuple)) else [given] * len(sizes)
+        place, given = (1, call.args[1]) if len(call.args) > 1 else next(iter(call.kwargs.items()))
+        several = isinstance(given, (list, tuple))
+        numbers = list(given) if several else [given] * len(sizes)
+        paths = [(place, part) if several else (place,) for part in range(len(sizes))]
         state.explained.add(id(call))
     first = Size(node.outputs[0], dim)
-    for number, extent in zip(numbers, extents, strict=True):
+    for number, extent, path in zip(numbers, extents, paths, strict=True):
         if number is None:
-            state.requirements.append(Requirement(first, extent, node.place))
+            state.requirements.append(Requirement(first, extent, node.place, sizes[0]))
         else:
-            state.require(node, number, extent)
+            state.require(node, number, extent, path)
     return data
 
 

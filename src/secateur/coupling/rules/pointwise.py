@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from secateur.coupling.labels import Labels
+from secateur.coupling.rules.origins import carry_elementwise
 from secateur.coupling.rules.state import NotCovered, State
 from secateur.coupling.tape import Node, Ref
 
@@ -22,6 +23,7 @@ def pointwise(state: State, node: Node) -> list[Labels]:
     joined, shape = state.algebra.align([state.labels[ref] for ref in refs], "combined with a tensor of fixed size")
     if shape != state.shape(node):
         raise NotCovered
+    carry_elementwise(state, node, refs)
     factors = []
     for j in joined:
         zero = _zero_at_zero(state, node, refs, j.zeros)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.coupling.labels import Labels
+from secateur.coupling.rules.origins import carry_nothing
 from secateur.coupling.rules.state import NotCovered, State, argument, rule
 from secateur.coupling.tape import Node
 
@@ -24,7 +25,7 @@ def spatial(state: State, node: Node) -> list[Labels]:
     return [Labels(state.shape(node, number), data.factors) for number in range(len(node.outputs))]
 
 
-_REDUCTIONS = (
+REDUCTIONS = (
     "sum",
     "mean",
     "amax",
@@ -36,39 +37,59 @@ _REDUCTIONS = (
     "var_mean",
     "prod",
     "argmax",
+    "argmin",
+    "aminmax",
+    "std_mean",
+    "median",
+    "nanmedian",
+    "logsumexp",
+    "any",
+    "all",
     "linalg_vector_norm",
 )
+_NEVER_ZERO = ("argmax", "argmin", "logsumexp")  # of zeros they are no zeros, or numbers of positions
+_NORMS = ("linalg_vector_norm", "norm")
 
 
-@rule(*_REDUCTIONS)
+@rule(*REDUCTIONS)
 def reduction(state: State, node: Node) -> list[Labels]:
     """A sum over dead zeros is free; every other reduction over channels needs them all."""
     data, kind = state.of(node.args[0]), node.name.removeprefix("aten.")
     rank = len(data.shape)
-    given = argument(node, 2, "dim") if kind == "linalg_vector_norm" else argument(node, 1, "dim")
+    given = argument(node, 2 if kind in _NORMS else 1, "dim")
     if isinstance(given, bool):
         raise NotCovered
     dims = list(range(rank)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
-    dims = [dim % rank for dim in dims]
-    sums = kind == "sum" or (kind == "linalg_vector_norm" and argument(node, 1, "ord", 2) > 0)
+    dims = [dim % max(1, rank) for dim in dims]
+    sums = kind == "sum" or (kind in _NORMS and _order(node) > 0)
+    carry_nothing(state, node)
     reduced = state.algebra.reduce(data, dims, sums=sums, why=f"reduced by {kind} over channels")
     results = []
     for number in range(len(node.outputs)):
         labels = state.algebra.reshape(reduced, state.shape(node, number))
-        results.append(labels.with_zero(False) if kind == "argmax" or number > 0 else labels)
+        results.append(labels.with_zero(False) if kind in _NEVER_ZERO or number > 0 else labels)
     return results
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "topk", "flip", "roll")
+def _order(node: Node) -> float:
+    """The order of a norm."""
+    order = argument(node, 1, "p" if node.name == "aten.norm" else "ord")
+    order = 2 if order is None else order
+    if not isinstance(order, (int, float)):
+        raise NotCovered
+    return order
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "topk", "roll")
 def along_a_dimension(state: State, node: Node) -> list[Labels]:
     """Every position along the dimension takes part in, or moves along, the result."""
     data, kind = state.of(node.args[0]), node.name.removeprefix("aten.")
     rank = len(data.shape)
     position = 2 if kind in ("topk", "roll") else 1
-    dims = argument(node, position, "dims" if kind in ("flip", "roll") else "dim", [] if kind == "roll" else -1)
+    dims = argument(node, position, "dims" if kind == "roll" else "dim", [] if kind == "roll" else -1)
     dims = [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)] or list(range(rank))
     for dim in dims:
         data = state.algebra.collapse(data, [dim], f"{kind} runs along it")
-    keeps_zero = kind in ("cumsum", "flip", "roll")
+    keeps_zero = kind in ("cumsum", "roll")
     factors = data.factors if keeps_zero else data.with_zero(False).factors
     return [Labels(state.shape(node, number), factors) for number in range(len(node.outputs))]

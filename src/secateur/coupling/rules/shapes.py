@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import numpy as np
 
 from secateur.coupling.labels import Factor, Labels
-from secateur.coupling.rules.state import Extent, NotCovered, Requirement, State, rule
+from secateur.coupling.rules.creation import fresh, may_follow, new_factors
+from secateur.coupling.rules.origins import carry_through_view, carry_to_the_right
+from secateur.coupling.rules.state import Extent, NotCovered, Path, Requirement, State, rule
 from secateur.coupling.sizes import Size
 from secateur.coupling.tape import Node, Ref
 
-_MEETING_CALLS = (
-    "matmul",
-    "__matmul__",
-    "bmm",
-    "einsum",
-    "normalize",
-)  # what they expand meets the tensor it was expanded for
+# What these calls expand meets the tensor it was expanded for.
+_MEETING_CALLS = ("matmul", "__matmul__", "bmm", "einsum", "normalize", "cosine_similarity", "take_along_dim")
+_REPEATING_CALLS = ("repeat_interleave",)  # they expand to a number of copies, which the code has to give
 _SIZED_CALLS = ("view", "reshape", "unflatten", "expand", "broadcast_to")
 
 
@@ -37,6 +37,7 @@ def view(state: State, node: Node) -> list[Labels]:
     if math.prod(data.shape) != math.prod(shape):
         raise NotCovered
     _require_sizes(state, node, len(data.shape))
+    carry_through_view(state, node)
     return [state.algebra.reshape(data, shape)]
 
 
@@ -46,20 +47,25 @@ def _require_sizes(state: State, node: Node, rank_before: int) -> None:
     if call is None or call.name not in _SIZED_CALLS:
         _follow_model(state, node)
         return  # sizes are computed from the live tensor
+    dim = 0
+    given: list[tuple[Path, Any]] = []
+    given += [((place,), entry) for place, entry in enumerate(call.args)][1:]
+    given += [((name,), entry) for name, entry in call.kwargs.items()]
     if call.name == "unflatten":
-        dim, sizes = index(call.args[1]) % rank_before, call.args[2]
-    else:
-        rest = call.args[1:] or tuple(call.kwargs.values())
-        dim, sizes = 0, rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+        dim, given = index(given[0][1]) % rank_before, given[1:]
+    if len(given) == 1 and isinstance(given[0][1], (list, tuple)):
+        (path, entries) = given[0]
+        given = [((*path, place), entry) for place, entry in enumerate(entries)]
+    sizes = [entry for _, entry in given]
     if call.name in ("view", "reshape", "expand", "broadcast_to") and len(sizes) != len(state.shape(node)):
         return  # an inner step of the call; the step with the final shape is checked
     if not all(isinstance(size, int) for size in sizes):
         raise NotCovered
     state.explained.add(id(call))
     shape, result = state.shape(node), node.outputs[0]
-    for offset, size in enumerate(sizes):
-        if size != -1:
-            state.require(node, size, Extent(result, dim + offset, shape[dim + offset]))
+    for offset, (path, size) in enumerate(given):
+        if index(size) != -1:
+            state.require(node, size, Extent(result, dim + offset, shape[dim + offset]), path)
 
 
 def _follow_model(state: State, node: Node) -> None:
@@ -68,7 +74,7 @@ def _follow_model(state: State, node: Node) -> None:
     if other is not None:
         for dim, size in enumerate(state.shape(node)):
             extent = Extent(node.outputs[0], dim, size)
-            state.requirements.append(Requirement(Size(other.value, dim), extent, node.place))
+            state.requirements.append(Requirement(Size(other.value, dim), extent, node.place, size))
 
 
 def _model(node: Node, *calls: str) -> Ref | None:
@@ -90,10 +96,27 @@ def expand(state: State, node: Node) -> list[Labels]:
     if other is not None and state.of(other).shape == shape:
         joined, _ = state.algebra.align([data, state.of(other)], "expanded to a tensor of fixed size")
         return [Labels(shape, tuple(j.factor(j.zeros[0]) for j in joined))]
-    if node.call is not None and node.call.name not in (*_SIZED_CALLS, *_MEETING_CALLS) and shape != data.shape:
+    name = node.call.name if node.call is not None else ""
+    if name not in ("", *_SIZED_CALLS, *_MEETING_CALLS, *_REPEATING_CALLS) and shape != data.shape:
         raise NotCovered  # to sizes of which nothing is known
     _require_sizes(state, node, len(data.shape))
-    return [Labels(shape, _padded_factors(data, len(shape)))]
+    carry_to_the_right(state, node)
+    return [Labels(shape, (*_padded_factors(data, len(shape)), *_new_positions(state, node, data.shape)))]
+
+
+def _new_positions(state: State, node: Node, before: Sequence[int]) -> list[Factor]:
+    """Atoms for the positions that expanding makes, where the tensor they meet or a size in the code may follow."""
+    call, shape = node.call, state.shape(node)
+    before = (*(1,) * (len(shape) - len(before)), *before)
+    wider = [dim for dim, size in enumerate(shape) if before[dim] == 1 and size > 1]
+    if call is None or not wider:
+        return []
+    if call.name in _SIZED_CALLS:
+        sizes = _sizes(call.args[1:] or tuple(call.kwargs.values()))
+        wider = [dim for dim in wider if len(sizes) == len(shape) and may_follow(state, sizes[dim])]
+    elif call.name not in _MEETING_CALLS:
+        wider = []
+    return [fresh(state, shape, dim, zero=False) for dim in wider]
 
 
 def _padded_factors(labels: Labels, rank: int) -> tuple[Factor, ...]:
@@ -101,15 +124,36 @@ def _padded_factors(labels: Labels, rank: int) -> tuple[Factor, ...]:
     return tuple(factor.on(factor.ids.reshape(extra + factor.ids.shape)) for factor in labels.factors)
 
 
+def _sizes(given: Sequence[Any]) -> Sequence[Any]:
+    """Sizes given one by one, or as one sequence."""
+    return given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+
+
 @rule("repeat")
 def repeat(state: State, node: Node) -> list[Labels]:
     """Tiled: every copy hangs on the same channels."""
     data, times = state.of(node.args[0]), [int(count) for count in node.args[1]]
     rank = len(times)
+    carry_to_the_right(state, node)
     factors = []
     for factor in _padded_factors(data, rank):
         factors.append(factor.on(np.tile(factor.ids, [times[d] if factor.spans(d) else 1 for d in range(rank)])))
-    return [Labels(state.shape(node), tuple(factors))]
+    return [Labels(state.shape(node), (*factors, *_copies(state, node, data.shape)))]
+
+
+def _copies(state: State, node: Node, before: Sequence[int]) -> list[Factor]:
+    """Atoms for copies whose number in the code may follow channels: `x.repeat(1, width)` of a single column."""
+    call, shape = node.call, state.shape(node)
+    before = (*(1,) * (len(shape) - len(before)), *before)
+    numbers = _sizes(call.args[1:]) if call is not None and call.name == "repeat" else ()
+    if len(numbers) != len(shape) or not any(may_follow(state, number) for number in numbers):
+        return []
+    state.explained.add(id(call))
+    single = [number if size == 1 else 0 for number, size in zip(numbers, before, strict=True)]
+    for number, size, times in zip(numbers, before, node.args[1], strict=True):
+        if size > 1:
+            state.require(node, number, int(times))
+    return list(new_factors(state, node, single, zero=False))
 
 
 @rule("t", "transpose", "permute", "numpy_T")
@@ -119,7 +163,7 @@ def permute(state: State, node: Node) -> list[Labels]:
     order = _order(node, len(data.shape))
     origin = state.origins.get(node.args[0].value)
     if origin is not None:
-        state.origins[node.outputs[0]] = origin[0], tuple(origin[1][dim] for dim in order)
+        state.origins[node.outputs[0]] = tuple(origin[dim] for dim in order)
     return [state.algebra.permute(data, order)]
 
 
@@ -141,15 +185,3 @@ def same(state: State, node: Node) -> list[Labels]:
     if origin is not None:
         state.origins[node.outputs[0]] = origin
     return [state.of(node.args[0])]
-
-
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-def like(state: State, node: Node) -> list[Labels]:
-    """A new tensor of the same size."""
-    return [state.of(node.args[0]).with_zero(node.name == "aten.zeros_like")]
-
-
-@rule("new_zeros", "new_ones", "new_full", "new_empty")
-def new(state: State, node: Node) -> list[Labels]:
-    """A new tensor of a size given in the code, fixed."""
-    return [Labels(state.shape(node))]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, TypeVar
 
 from secateur.coupling.labels import Algebra, Ids, Labels
-from secateur.coupling.sizes import Expression, expression_of
-from secateur.coupling.tape import Node, Ref, Tape
+from secateur.coupling.sizes import Expression, TracedInt, expression_of
+from secateur.coupling.tape import Call, Frame, Node, Ref, Tape
+
+Path = tuple[int | str, ...]  # where an argument stands in a call: positions and names, from outside in
 
 
 class NotCovered(Exception):  # noqa: N818  # a signal between rules and the propagation, never seen outside
@@ -31,6 +34,11 @@ class Requirement:
     expression: Expression
     extent: Extent | int
     place: str
+    value: int  # the number now
+    call: Call | None = None  # the call that the number was an argument of,
+    path: Path | None = None  # and where it stands in it
+    frame: Frame | None = None  # the module call whose code used the number
+    escapes: bool = False  # whether the number left integer arithmetic, so that nothing recorded depends on it
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,10 @@ class State:
     tape: Tape
     algebra: Algebra
     labels: list[Labels]  # by value
-    origins: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # value -> leaf, its dims in order
+    origins: dict[int, tuple[tuple[str, int] | None, ...]] = field(default_factory=dict)  # value -> (leaf, dim) per dim
     roles: dict[tuple[str, int], str] = field(default_factory=dict)  # (leaf, dim) -> output | input | scale
     copies: dict[str, tuple[int, Ids | None]] = field(default_factory=dict)  # leaf -> how often its output dim counts
-    fills: dict[str, float] = field(default_factory=dict)  # leaves whose removed entries are not zero
+    fills: dict[tuple[str, int], float] = field(default_factory=dict)  # (leaf, dim) whose removed entries are not zero
     requirements: list[Requirement] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     at_least_two: list[Ids] = field(default_factory=list)  # channels that must not become one
@@ -71,12 +79,20 @@ class State:
     def role(self, argument: Any, dim: int, role: str) -> None:
         """Note that `dim` of a leaf argument is an output or input dimension of a layer."""
         origin = self.origins.get(argument.value) if isinstance(argument, Ref) else None
-        if origin is not None:
-            self.roles.setdefault((origin[0], origin[1][dim]), role)
+        if origin is not None and (leaf := origin[dim]) is not None:
+            self.roles.setdefault(leaf, role)
 
-    def require(self, node: Node, number: Any, extent: Extent | int) -> None:
-        """The number in the user's code must follow the extent."""
-        self.requirements.append(Requirement(expression_of(number), extent, node.place))
+    def require(self, node: Node, number: Any, extent: Extent | int, path: Path | None = None) -> None:
+        """The number in the user's code must follow the extent.
+
+        `path` says where it stands among the arguments of the call; a traced number is found without it.
+        """
+        call = node.call
+        if path is None and call is not None and isinstance(number, TracedInt):
+            path = next((p for p, found in traced_arguments(call) if found is number), None)
+        value = index(number)
+        frame = None if call is None else call.frame
+        self.requirements.append(Requirement(expression_of(number), extent, node.place, value, call, path, frame))
 
 
 Rule = Callable[[State, Node], Sequence[Labels | None]]
@@ -95,6 +111,23 @@ def rule(*names: str) -> Callable[[R], R]:
         return function
 
     return enter
+
+
+def traced_arguments(call: Call) -> list[tuple[Path, TracedInt]]:
+    """The traced integers among the arguments of a call, and where they stand."""
+    return [*_traced(call.args, ()), *_traced(dict(call.kwargs), ())]
+
+
+def _traced(tree: Any, path: Path) -> list[tuple[Path, TracedInt]]:
+    if isinstance(tree, TracedInt):
+        return [(path, tree)]
+    if isinstance(tree, slice):
+        tree = {"start": tree.start, "stop": tree.stop, "step": tree.step}
+    if isinstance(tree, dict):
+        return [found for key, entry in tree.items() for found in _traced(entry, (*path, key))]
+    if isinstance(tree, (list, tuple)):
+        return [found for place, entry in enumerate(tree) for found in _traced(entry, (*path, place))]
+    return []
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

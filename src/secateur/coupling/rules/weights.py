@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from secateur.coupling.labels import SILENT, Ids, Labels
 from secateur.coupling.rules.state import (
     Extent,
     NotCovered,
+    Path,
     State,
     Work,
     extra_extent,
@@ -94,8 +96,8 @@ def _grouped(
 def _note_copies(state: State, node: Node, groups: int, live: Ids | None) -> None:
     """A transposed convolution makes as many channels per group as its weight says; `live`: atoms of the groups."""
     origin = state.origins.get(node.args[1].value)
-    if node.args[6] and origin is not None:
-        state.copies[origin[0]] = groups, live
+    if node.args[6] and origin is not None and origin[1] is not None:
+        state.copies[origin[1][0]] = groups, live
 
 
 def _row(labels: Labels) -> Labels:
@@ -108,21 +110,23 @@ def _require_groups(state: State, node: Node, groups: Labels | None, count: int)
     call = node.call
     if call is None or not call.name.startswith("conv"):
         raise NotCovered
+    path: Path = (6,) if len(call.args) > 6 else ("groups",)
     number = call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", count)
     extent: Extent | int = count
     if groups is not None and groups.factors:
         extent = extra_extent(state, groups)
-    state.require(node, number, extent)
+    state.require(node, number, extent, path)
     state.explained.add(id(call))
 
 
 def _conv_work(state: State, node: Node, weight: Labels, transposed: bool) -> None:
     spatial = state.of(node.args[0]).shape if transposed else state.shape(node)
     constant = spatial[0] * math.prod(spatial[2:]) * math.prod(weight.shape[2:])
-    _add_work(state, constant, [(weight, 0), (weight, 1)])
+    add_work(state, constant, [(weight, 0), (weight, 1)])
 
 
-def _add_work(state: State, constant: int, dims: Sequence[tuple[Labels, int]]) -> None:
+def add_work(state: State, constant: int, dims: Sequence[tuple[Labels, int]]) -> None:
+    """Count `constant` times the live lengths of the given dimensions as multiply-accumulates."""
     lengths = []
     for labels, dim in dims:
         vector = labels.only(dim).factors
@@ -137,17 +141,32 @@ def _add_work(state: State, constant: int, dims: Sequence[tuple[Labels, int]]) -
 def matrix_product(state: State, node: Node) -> list[Labels]:
     """(..., M, K) by (..., K, N)."""
     left, right = state.of(node.args[0]), state.of(node.args[1])
-    state.role(node.args[1], -1, "output")
-    state.role(node.args[1], -2, "input")
+    _note_roles(state, node, node.args[0], node.args[1])
     return [_matrix_product(state, left, right)]
+
+
+def _note_roles(state: State, node: Node, left: Any, right: Any) -> None:
+    """The weight is the right factor, or the left one of a product with data. Two weights make a third."""
+    first, second = state.origins.get(left.value), state.origins.get(right.value)
+    is_layer = node.call is not None and node.call.name == "linear"
+    if first is not None and second is not None:
+        state.origins[node.outputs[0]] = (*(None,) * (len(first) - 2), first[-2], second[-1])
+    if first is not None and second is not None and not is_layer:
+        state.role(right, -2, "output")
+        state.role(left, -1, "input")
+    elif second is not None:
+        state.role(right, -1, "output")
+        state.role(right, -2, "input")
+    else:
+        state.role(left, -2, "output")
+        state.role(left, -1, "input")
 
 
 @rule("addmm", "baddbmm")
 def matrix_product_with_bias(state: State, node: Node) -> list[Labels]:
     """bias + (M, K) by (K, N)."""
     bias, left, right = (state.of(node.args[position]) for position in range(3))
-    state.role(node.args[2], -1, "output")
-    state.role(node.args[2], -2, "input")
+    _note_roles(state, node, node.args[1], node.args[2])
     result = state.algebra.add(_matrix_product(state, left, right), bias)
     return [Labels(state.shape(node), result.factors)]
 
@@ -158,6 +177,6 @@ def _matrix_product(state: State, left: Labels, right: Labels) -> Labels:
     columns = algebra.reshape(left, (*left.shape, 1))
     rows = algebra.reshape(right, (*batch, 1, *right.shape[-2:]))
     dims = [*((left, dim) for dim in range(rank)), (right, len(right.shape) - 1)]
-    _add_work(state, 1, dims)
+    add_work(state, 1, dims)
     result = algebra.contract(columns, rows, rank - 1)
     return algebra.reshape(result, (*left.shape[:-1], right.shape[-1]))

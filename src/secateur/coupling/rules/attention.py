@@ -1,0 +1,53 @@
+"""Scaled dot-product attention as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from secateur.coupling.labels import Labels
+from secateur.coupling.rules.state import NotCovered, State, argument, rule
+from secateur.coupling.rules.weights import add_work
+from secateur.coupling.tape import Node, Ref
+
+
+@rule("scaled_dot_product_attention")
+def attention(state: State, node: Node) -> list[Labels]:
+    """softmax(Q Kᵀ · scale + mask) V over (..., heads, positions, size of a head).
+
+    Q (..., H, S, D), K (..., G, T, D), V (..., G, T, E). Without an explicit scale, 1 / √D is computed from the size of
+    a head, which therefore stays. With `enable_gqa` each of the G key and value heads serves H / G query heads.
+    """
+    algebra = state.algebra
+    query, key, value = (
+        state.of(_given(node, position, name)) for position, name in enumerate(("query", "key", "value"))
+    )
+    if not len(query.shape) == len(key.shape) == len(value.shape):
+        raise NotCovered
+    last = len(query.shape) - 1
+    if _given(node, 6, "scale") is None:
+        why = "its number is in the scale of the attention, 1 / sqrt(size of a head)"
+        query, key = algebra.collapse(query, [last], why), algebra.collapse(key, [last], why)
+    if _given(node, 7, "enable_gqa") and key.shape[-3] != query.shape[-3]:
+        repeats = query.shape[-3] // key.shape[-3]
+        positions = np.repeat(np.arange(key.shape[-3]), repeats)
+        key, value = (algebra.take(part, last - 2, positions) for part in (key, value))
+    lead, (seen, width) = query.shape[:-2], (key.shape[-2], value.shape[-1])
+    rows = algebra.reshape(query, (*query.shape[:-1], 1, query.shape[-1]))
+    columns = algebra.reshape(key, (*key.shape[:-2], 1, *key.shape[-2:]))
+    logits = algebra.reshape(algebra.contract(rows, columns, last + 1), (*lead, query.shape[-2], seen))
+    mask = _given(node, 3, "attn_mask")
+    if isinstance(mask, Ref):
+        logits = algebra.add(logits, state.of(mask)).with_zero(False)
+    add_work(state, 1, [*((query, dim) for dim in range(last + 1)), (key, last - 1)])
+    add_work(state, 1, [*((query, dim) for dim in range(last)), (key, last - 1), (value, last)])
+    weights = algebra.collapse(logits.with_zero(False), [last], "softmax runs along it")
+    weights = algebra.reshape(weights, (*weights.shape, 1))
+    values = algebra.reshape(value, (*value.shape[:-2], 1, *value.shape[-2:]))
+    result = algebra.contract(weights, values, last)
+    return [algebra.reshape(result, (*lead, query.shape[-2], width))]
+
+
+def _given(node: Node, position: int, name: str) -> Any:
+    return argument(node, position, name)
