@@ -1,4 +1,4 @@
-"""Tiny networks, one per pattern beyond plain layers: recurrent, parametrised, indexed, einsum, windows. Worked by hand.
+"""Tiny networks, one per pattern beyond plain layers (recurrent, parametrised, indexed, einsum, windows), by hand.
 
 As in `nets_for_tests`: `free` is {group: channels}, `locked` {group: part of the reason}, `widths` the output width of
 every layer after pruning with sparsity=0.5 and scope="layer": every group loses half of its channels, rounded down.
@@ -29,17 +29,17 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     """As `zeroed_by_hand`. A direction of weight normalisation keeps its length: its filter is zero by its gain."""
     copied = zeroed_by_hand(model, plan)
     originals, tensors = dict(model.named_parameters()), dict(copied.named_parameters())
-    for name in tensors:
+    for name, tensor in tensors.items():
         gains = [tensors.get(name.removesuffix(v) + g) for v, g in DIRECTIONS.items() if name.endswith(v)]
         gain = next((gain for gain in gains if gain is not None and gain.dim() > 0), None)
         if gain is None:
             continue
         with torch.no_grad():
-            tensors[name].copy_(originals[name])
+            tensor.copy_(originals[name])
             for cut in plan.cuts:
                 if cut.tensor == name and gain.shape[cut.dim] == 1:
                     removed = [place for place in range(cut.size) if place not in set(cut.kept)]
-                    tensors[name].index_fill_(cut.dim, torch.tensor(removed), 0.0)
+                    tensor.index_fill_(cut.dim, torch.tensor(removed), 0.0)
     return copied
 
 
@@ -126,20 +126,22 @@ RECURRENT = (
         SEQUENCE,
     ),
     Case(
-        "stacked lstm",
+        "stacked lstm",  # one number of units for both layers, not the same units
         _recurrent_net(nn.LSTM, 6, num_layers=2),
-        {"a": 8, "r": 6},
+        {"a": 8, "r": 6, "r#2": 6},
         HEAD,
         {"a": 4, "r": 12, "head": 3},
         SEQUENCE,
+        balances=(("r", "r#2"),),
     ),
     Case(
         "stacked gru in both directions",
         _recurrent_net(nn.GRU, 12, num_layers=2, bidirectional=True),
-        {"a": 8, "r": 6},
+        {"a": 8, "r": 6, "r#2": 6, "r#3": 6, "r#4": 6},
         HEAD,
         {"a": 4, "r": 9, "head": 3},
         SEQUENCE,
+        balances=(("r", "r#2", "r#3", "r#4"),),
     ),
     Case(
         "lstm with a projection",  # the last matrix makes the 3 projected outputs, of which 2 stay
@@ -176,7 +178,7 @@ RECURRENT = (
         inputs=_with_given_state,
     ),
     Case(
-        "final state of both directions",
+        "final state of both directions",  # read as one tensor, it ties the directions
         lambda: Net(_state_at_the_end, r=nn.GRU(4, 6, batch_first=True, bidirectional=True), head=head(12)),
         {"r": 6},
         HEAD,
@@ -355,7 +357,9 @@ PARAMETRISED = (
     ),
     Case(
         "a product of two weights",
-        lambda: Net(lambda s, x: s.head(F.relu(F.linear(x, s.u @ s.v))), u=weights(8, 4), v=weights(4, 5), head=head(8)),
+        lambda: Net(
+            lambda s, x: s.head(F.relu(F.linear(x, s.u @ s.v))), u=weights(8, 4), v=weights(4, 5), head=head(8)
+        ),
         {"v": 4, "u": 8},
         HEAD,
         {"v": 2, "u": 4, "head": 3},
@@ -404,7 +408,9 @@ def _relative_bias(s: Any, x: Tensor) -> Tensor:
     return s.head(mixed.transpose(1, 2).flatten(2).mean(1))
 
 
-def _written(write: Callable[[Tensor, Tensor], Any], *, start: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+def _written(
+    write: Callable[[Tensor, Tensor], Any], *, start: Callable[[Tensor], Tensor]
+) -> Callable[[Any, Tensor], Tensor]:
     def change(s: Any, h: Tensor) -> Tensor:
         y = start(h)
         write(y, h)
@@ -419,33 +425,36 @@ def _places(*numbers: int) -> Tensor:
 
 ROWS = (slice(None), slice(None))
 
-INDEXED = tuple(
-    Case(name, _between(change), *_CONVS)
-    for name, change in {
-        "positions by number": lambda s, h: h[:, :, _places(2, 1, 0)],
-        "positions by two indices": lambda s, h: h[:, :, _places(2, 1), _places(1, 3)][..., None],
-        "positions by a mask": lambda s, h: h[:, :, torch.ones(6, 6).tril() > 0][..., None],
-        "positions selected": lambda s, h: h.index_select(3, _places(1, 2)),
-        "positions gathered": lambda s, h: h.gather(2, h.argsort(2)),
-        "positions gathered by an expanded index": lambda s, h: h.flatten(2).gather(
-            2, _places(1, 3, 5).expand(h.shape[0], h.shape[1], 3)
-        )[..., None],
-        "positions taken along a dimension": lambda s, h: torch.take_along_dim(h, _places(1, 3).view(1, 1, 2, 1), 2),
-        "positions written by number": _written(
-            lambda y, h: y.__setitem__((*ROWS, _places(1, 2)), h[:, :, :2]), start=torch.zeros_like
-        ),
-        "positions written by a constant": _written(
-            lambda y, h: y.__setitem__((*ROWS, _places(1, 2)), 0.5), start=torch.clone
-        ),
-        "positions written as a slice": _written(
-            lambda y, h: y.__setitem__((*ROWS, slice(1, 3)), h[:, :, :2]), start=torch.zeros_like
-        ),
-        "positions scattered": lambda s, h: torch.zeros_like(h).scatter(2, h.argsort(2), h),
-        "positions scattered and added": lambda s, h: h.scatter_add(2, h.argsort(2), h),
-        "positions added by number": lambda s, h: h.index_add(2, _places(0, 1, 2), h[:, :, :3]),
-        "positions filled": lambda s, h: h.index_fill(2, _places(0, 1), 0.5),
-    }.items()
-) + (
+INDEXED = (
+    *(
+        Case(name, _between(change), *_CONVS)
+        for name, change in {
+            "positions by number": lambda s, h: h[:, :, _places(2, 1, 0)],
+            "positions by two indices": lambda s, h: h[:, :, _places(2, 1), _places(1, 3)][..., None],
+            "positions by a mask": lambda s, h: h[:, :, torch.ones(6, 6).tril() > 0][..., None],
+            "positions selected": lambda s, h: h.index_select(3, _places(1, 2)),
+            "positions gathered": lambda s, h: h.gather(2, h.argsort(2)),
+            "positions gathered by an expanded index": lambda s, h: h.flatten(2).gather(
+                2, _places(1, 3, 5).expand(h.shape[0], h.shape[1], 3)
+            )[..., None],
+            "positions taken along a dimension": lambda s, h: torch.take_along_dim(
+                h, _places(1, 3).view(1, 1, 2, 1), 2
+            ),
+            "positions written by number": _written(
+                lambda y, h: y.__setitem__((*ROWS, _places(1, 2)), h[:, :, :2]), start=torch.zeros_like
+            ),
+            "positions written by a constant": _written(
+                lambda y, h: y.__setitem__((*ROWS, _places(1, 2)), 0.5), start=torch.clone
+            ),
+            "positions written as a slice": _written(
+                lambda y, h: y.__setitem__((*ROWS, slice(1, 3)), h[:, :, :2]), start=torch.zeros_like
+            ),
+            "positions scattered": lambda s, h: torch.zeros_like(h).scatter(2, h.argsort(2), h),
+            "positions scattered and added": lambda s, h: h.scatter_add(2, h.argsort(2), h),
+            "positions added by number": lambda s, h: h.index_add(2, _places(0, 1, 2), h[:, :, :3]),
+            "positions filled": lambda s, h: h.index_fill(2, _places(0, 1), 0.5),
+        }.items()
+    ),
     Case(
         "a table used as a parameter",
         lambda: Net(
@@ -523,43 +532,44 @@ def _wide_zeros(s: Any, h: Tensor) -> Tensor:
     return torch.cat([h, torch.zeros(h.shape[0], h.shape[1], 1, 6, dtype=h.dtype)], 2)
 
 
-SHAPED = tuple(
-    Case(name, _between(change, **parts), *_CONVS)
-    for name, (change, parts) in {
-        "unfolded and folded": (lambda s, h: F.fold(F.unfold(h, 2, stride=2), (6, 6), 2, stride=2), {}),
-        "windows along positions": (lambda s, h: h.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)), {}),
-        "flipped positions": (lambda s, h: h.flip(2, 3), {}),
-        "flipped channels": (lambda s, h: h.flip(1), {}),
-        "rolled positions": (lambda s, h: h.roll((1, 2), (2, 3)), {}),
-        "interleaved positions": (lambda s, h: h.repeat_interleave(2, 2), {}),
-        "a triangle of positions": (lambda s, h: h.tril(), {}),
-        "masked positions": (lambda s, h: h.masked_fill(_lower(), -1.0), {}),
-        "moved dimensions": (lambda s, h: h.movedim(1, 3).swapaxes(1, 2).movedim(3, 1), {}),
-        "normalised over channels": (lambda s, h: F.normalize(h, dim=1), {}),
-        "logsumexp over positions": (lambda s, h: h.logsumexp(2, keepdim=True), {}),
-        "softmax over positions": (lambda s, h: h.flatten(2).softmax(2).view_as(h), {}),
-        "zeros of a size of the maps": (_wide_zeros, {}),
-        "ones of a size in an attribute": (
-            lambda s, h: h * torch.ones(s.channels, 1, 1, dtype=h.dtype),
-            {"channels": lambda: 8},
-        ),
-        "a new tensor like the maps": (lambda s, h: h + h.new_full((h.shape[0], h.shape[1], 6, 6), 2.0), {}),
-        "a sum repeated over the width": (
-            lambda s, h: h * h.sum(1, keepdim=True).repeat(1, h.shape[1], 1, 1),
-            {},
-        ),
-        "a sum expanded over the width": (
-            lambda s, h: h * h.sum(1, keepdim=True).expand(-1, h.shape[1], -1, -1),
-            {},
-        ),
-        "circular padding": (lambda s, h: F.pad(h, (1, 2, 2, 1), mode="circular"), {}),
-        "instance norm with statistics": (
-            lambda s, h: s.norm(h),
-            {"norm": lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)},
-        ),
-        "a frozen batch norm": (lambda s, h: s.norm(h), {"norm": lambda: FrozenNorm(8)}),
-    }.items()
-) + (
+SHAPED = (
+    *(
+        Case(name, _between(change, **parts), *_CONVS)
+        for name, (change, parts) in {
+            "unfolded and folded": (lambda s, h: F.fold(F.unfold(h, 2, stride=2), (6, 6), 2, stride=2), {}),
+            "windows along positions": (lambda s, h: h.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)), {}),
+            "flipped positions": (lambda s, h: h.flip(2, 3), {}),
+            "flipped channels": (lambda s, h: h.flip(1), {}),
+            "rolled positions": (lambda s, h: h.roll((1, 2), (2, 3)), {}),
+            "interleaved positions": (lambda s, h: h.repeat_interleave(2, 2), {}),
+            "a triangle of positions": (lambda s, h: h.tril(), {}),
+            "masked positions": (lambda s, h: h.masked_fill(_lower(), -1.0), {}),
+            "moved dimensions": (lambda s, h: h.movedim(1, 3).swapaxes(1, 2).movedim(3, 1), {}),
+            "normalised over channels": (lambda s, h: F.normalize(h, dim=1), {}),
+            "logsumexp over positions": (lambda s, h: h.logsumexp(2, keepdim=True), {}),
+            "softmax over positions": (lambda s, h: h.flatten(2).softmax(2).view_as(h), {}),
+            "zeros of a size of the maps": (_wide_zeros, {}),
+            "ones of a size in an attribute": (
+                lambda s, h: h * torch.ones(s.channels, 1, 1, dtype=h.dtype),
+                {"channels": lambda: 8},
+            ),
+            "a new tensor like the maps": (lambda s, h: h + h.new_full((h.shape[0], h.shape[1], 6, 6), 2.0), {}),
+            "a sum repeated over the width": (
+                lambda s, h: h * h.sum(1, keepdim=True).repeat(1, h.shape[1], 1, 1),
+                {},
+            ),
+            "a sum expanded over the width": (
+                lambda s, h: h * h.sum(1, keepdim=True).expand(-1, h.shape[1], -1, -1),
+                {},
+            ),
+            "circular padding": (lambda s, h: F.pad(h, (1, 2, 2, 1), mode="circular"), {}),
+            "instance norm with statistics": (
+                lambda s, h: s.norm(h),
+                {"norm": lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)},
+            ),
+            "a frozen batch norm": (lambda s, h: s.norm(h), {"norm": lambda: FrozenNorm(8)}),
+        }.items()
+    ),
     Case(
         "convolution with circular padding",
         lambda: Net(_two, a=conv(3, 8), b=conv(8, 6, padding_mode="circular"), head=head(6)),
@@ -644,9 +654,7 @@ PRODUCTS = (
     ),
     Case(
         "einsum as attention",  # two heads of four
-        lambda: Net(
-            _einsum_attention, q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 8), heads=2, head=head(8)
-        ),
+        lambda: Net(_einsum_attention, q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 8), heads=2, head=head(8)),
         {"q": 2},
         HEAD,
         {"q": 4, "k": 4, "v": 4, "head": 3},
@@ -725,9 +733,7 @@ PRODUCTS = (
     ),
     Case(
         "distances to centres",  # a centre is a channel of the head, too
-        lambda: Net(
-            lambda s, x: s.head(torch.cdist(s.a(x), s.c)), a=nn.Linear(5, 8), c=weights(4, 8), head=head(4)
-        ),
+        lambda: Net(lambda s, x: s.head(torch.cdist(s.a(x), s.c)), a=nn.Linear(5, 8), c=weights(4, 8), head=head(4)),
         {"a": 8, "c": 4},
         HEAD,
         {"a": 4, "head": 3},
@@ -803,7 +809,22 @@ def _normed() -> nn.Module:
     return old_weight_norm(conv(8, 8))
 
 
+def _gains_computed(dim: int) -> Callable[[Any, Tensor], Tensor]:
+    def change(s: Any, h: Tensor) -> Tensor:
+        gain = F.softplus(s.weight_g)  # of zero it is no zero
+        return F.conv2d(h, torch._weight_norm(s.weight_v, gain if dim == 0 else gain.transpose(0, 1), dim), padding=1)
+
+    return change
+
+
 PATTERN_TRAPS = (
+    *(
+        Trap(
+            f"gains that are computed, along dimension {dim}",
+            _trap(_gains_computed(dim), weight_v=lambda: weights(8, 8, 3, 3), weight_g=lambda: weights(8, 1, 1, 1)),
+        )
+        for dim in (0, 1)
+    ),
     Trap("a direction that is read elsewhere", _trap(_direction_read_twice, n=_normed)),
     Trap("index made of channels", _trap(lambda s, h: h[:, :, h.mean((0, 1, 3)).argsort()])),
     Trap("arg max of channels as an index", _trap(lambda s, h: h[:, :, h.argmax(1)[0, 0]])),

@@ -52,8 +52,8 @@ OPERATIONS = frozenset(
     selu sigmoid sigmoid_ sign silu sin softmax softplus split split_with_sizes sqrt square squeeze stack std sub sub_
     sum swapaxes t take_along_dim tanh tensor_split tile to topk transpose tril triu true_divide type_as unbind
     unflatten unfold unsqueeze upsample var var_mean view view_as where zeros zeros_like double half bfloat16 bool long
-    int __getitem__ __setitem__ T mT __and__ __or__ __xor__ __invert__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logaddexp bitwise_not bitwise_and bitwise_or tan atan
-    ceil round rot90 diff
+    int __getitem__ __setitem__ T mT __and__ __or__ __xor__ __invert__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+    logaddexp bitwise_not bitwise_and bitwise_or tan atan ceil round rot90 diff
     """.split()  # noqa: SIM905  # a list of two hundred strings reads worse
 )
 _SPACES: tuple[tuple[str, Any], ...] = (

@@ -43,7 +43,8 @@ def onnx_model(
 ) -> OnnxModel:
     """`program` as an ONNX model with the weights inside; its inputs are the program's tensors, in their order.
 
-    Takes `program` over: it is rewritten on the way and not to be used afterwards. `axes` names the open sizes, {the program's symbol: name}; `outputs` names the output tensors, in their order.
+    Takes `program` over: it is rewritten on the way and not to be used afterwards. `axes` names the open sizes,
+    {the program's symbol: name}; `outputs` names the output tensors, in their order.
     Raises ExportError, with the innermost reason, for an op that has no ONNX form and above the 2 GB of one file.
     """
     try:
@@ -81,7 +82,9 @@ def _forget_strides_(program: ExportedProgram) -> None:
                     torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
                 )
             copied.meta = dict(node.meta)
-            node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+            users = [user for user in node.users if user is not copied]
+            for user in users:
+                user.replace_input_with(node, copied)
 
 
 def open_session(model: OnnxModel, *, threads: int) -> Any:

@@ -84,6 +84,7 @@ class Plan:
     params: tuple[int, int] = (0, 0)  # before, after
     groups: tuple[str, ...] = ()  # names of the groups that lose channels
     replacements: tuple[Replacement, ...] = ()
+    norms: tuple[Cut, ...] = ()  # what norms over live channels see in the zeroed original (`norms.norm_name`)
 
     @property
     def is_identity(self) -> bool:
@@ -104,15 +105,6 @@ class Plan:
     def then(self, later: Plan) -> Plan:
         """The one plan that equals applying this plan and then `later`, which was made for the shrunk model."""
         later.check(self.shapes_after())
-        first = {(cut.tensor, cut.dim): cut for cut in self.cuts}
-        cuts = dict(first)
-        for cut in later.cuts:
-            key = cut.tensor, cut.dim
-            if key in first:
-                kept = np.array(first[key].kept)[list(cut.kept)]
-                cuts[key] = Cut(cut.tensor, cut.dim, first[key].size, tuple(kept.tolist()), cut.fill)
-            else:
-                cuts[key] = cut
         edits = {(e.module, e.attribute, e.index): e for e in self.edits}
         for edit in later.edits:
             attribute = edit.module, edit.attribute, edit.index
@@ -124,7 +116,7 @@ class Plan:
                 row.layer, widths[row.layer].before if row.layer in widths else row.before, row.after
             )
         return Plan(
-            cuts=tuple(cuts.values()),
+            cuts=_composed(self.cuts, later.cuts),
             edits=tuple(edits.values()),
             shapes=self.shapes,
             widths=tuple(widths.values()),
@@ -133,6 +125,7 @@ class Plan:
             params=(self.params[0], later.params[1]),
             groups=tuple(dict.fromkeys([*self.groups, *later.groups])),
             replacements=_both(self.replacements, later.replacements),
+            norms=_composed(self.norms, later.norms),
         )
 
     @property
@@ -176,6 +169,17 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.table()}"
+
+
+def _composed(first: tuple[Cut, ...], later: tuple[Cut, ...]) -> tuple[Cut, ...]:
+    """The cuts that equal cutting first, and then what is left."""
+    cuts = {(cut.tensor, cut.dim): cut for cut in first}
+    for cut in later:
+        before = cuts.get((cut.tensor, cut.dim))
+        kept = cut.kept if before is None else tuple(np.array(before.kept)[list(cut.kept)].tolist())
+        size = cut.size if before is None else before.size
+        cuts[cut.tensor, cut.dim] = Cut(cut.tensor, cut.dim, size, kept, cut.fill)
+    return tuple(cuts.values())
 
 
 def _both(first: tuple[Replacement, ...], later: tuple[Replacement, ...]) -> tuple[Replacement, ...]:
@@ -260,6 +264,7 @@ def _parsed(raw: dict[str, Any]) -> Plan:
         params=_pair(raw.pop("params")),
         groups=tuple(map(str, raw.pop("groups"))),
         replacements=tuple(_parsed_replacement(*entry) for entry in raw.pop("replacements")),
+        norms=tuple(_parsed_cut(**cut) for cut in raw.pop("norms")),
     )
     if raw:
         raise PlanMismatchError(f"not a plan of this version: it also says {', '.join(sorted(raw))}.")

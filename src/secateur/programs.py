@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import ExportError
@@ -130,7 +131,8 @@ def nodes(program: ExportedProgram) -> Iterator[torch.fx.Node]:
 
 def input_names(program: ExportedProgram) -> list[str]:
     """The names of the input tensors, in their order."""
-    return [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    specs = program.graph_signature.input_specs
+    return [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and isinstance(s.arg, TensorArgument)]
 
 
 def symbols(program: ExportedProgram, axis: Axis) -> list[Any]:

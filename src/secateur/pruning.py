@@ -90,6 +90,7 @@ def prune(
     scope: str = "layer",
     round_to: int = 1,
     ignore: Iterable[str | nn.Module] = (),
+    prune_residual: bool = False,
     keep_at_least: int = 1,
     seed: int = 0,
     forward: Forward | None = None,
@@ -99,13 +100,15 @@ def prune(
 
     Give `sparsity=` (the fraction of channels to remove, or {layer pattern: fraction}) or `target=`. `data`: training
     batches for criteria that need them and for re-estimating BatchNorm statistics; without it repair is skipped and
-    the summary says so. `ignore`: modules whose outputs keep their width. For the rest see `select` and `score`.
+    the summary says so. `ignore`: modules whose outputs keep their width. `prune_residual`: widths under LayerNorm and
+    RMSNorm may shrink too (residual streams); the proof then takes norms over live channels. For the rest see `select`
+    and `score`.
     """
     goal = _goal(sparsity, target)
     resolve(criterion)
     check_model(model)
     check_weights(model)
-    graph = trace(model, example_inputs, ignore=ignore)
+    graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
     facts = observe(model, graph, data, needs_of(criterion), forward=forward, loss=loss)
     scores = score(graph, facts, criterion, seed=seed)
 
@@ -130,6 +133,7 @@ def prune_steps(
     scope: str = "layer",
     round_to: int = 1,
     ignore: Iterable[str | nn.Module] = (),
+    prune_residual: bool = False,
     keep_at_least: int = 1,
     seed: int = 0,
     forward: Forward | None = None,
@@ -144,7 +148,7 @@ def prune_steps(
         raise InputError(f"steps is a whole number, at least 1; got {steps!r}.")
     goal_at_the_end = _goal(None, target)
     due, needs = resolve_schedule(schedule), needs_of(criterion)
-    graph = trace(model, example_inputs, ignore=ignore)
+    graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
     dense = graph
     full = [group.channels for group in dense.groups]
     macs, params = macs_of(dense)(full), params_of(dense)(full)
@@ -165,7 +169,7 @@ def prune_steps(
         yield Step(number, steps, small, model, plan, total, summary)
         model = small
         if number < steps:
-            graph = trace(model, example_inputs, ignore=ignore)
+            graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
 
 
 def _proved(

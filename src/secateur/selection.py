@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, float64
 
-from secateur.coupling.groups import Graph
+from secateur.coupling.groups import Graph, Slot
 from secateur.criteria.table import check_scores
 from secateur.errors import InputError, NothingToPruneError, TargetError, UnknownNameError
 from secateur.plans import Cut, Edit, Plan, Width, human
@@ -106,7 +106,11 @@ def _check_options(graph: Graph, scope: str, round_to: int, keep_at_least: int) 
             raise InputError(f"{name} is a whole number of channels, at least 1; got {value!r}.")
     if not graph.prunable:
         reasons = "; ".join(f"{group.name}: {group.locked}" for group in graph.groups) or "no layer has channels"
-        raise NothingToPruneError(f"nothing can be pruned in this model. {reasons}.")
+        opened = graph.open_norms or not any(
+            group.locked and "normalised over" in group.locked for group in graph.groups
+        )
+        hint = "" if opened else " prune_residual=True opens the widths under LayerNorm and RMSNorm."
+        raise NothingToPruneError(f"nothing can be pruned in this model.{hint} {reasons}.")
 
 
 def _blocks(
@@ -266,18 +270,8 @@ def _until_budget(
 
 def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, params: Cost) -> Plan:
     """The plan that keeps the given channels (ascending) of every group."""
-    removed: dict[tuple[str, int], list[npt.NDArray[np.int64]]] = {}
-    fills: dict[tuple[str, int], float] = {}
-    for group, channels in zip(graph.groups, kept, strict=True):
-        gone = np.setdiff1d(np.arange(group.channels), channels)
-        for slot in group.slots if len(gone) else ():
-            removed.setdefault((slot.tensor, slot.dim), []).append(slot.indices[gone].ravel())
-            fills[slot.tensor, slot.dim] = slot.fill
-    cuts = []
-    for (tensor, dim), positions in removed.items():
-        size = graph.shapes[tensor][dim]
-        stay = np.setdiff1d(np.arange(size), np.concatenate(positions))
-        cuts.append(Cut(tensor, dim, size, tuple(stay.tolist()), fills[tensor, dim]))
+    gone = [np.setdiff1d(np.arange(g.channels), channels) for g, channels in zip(graph.groups, kept, strict=True)]
+    cuts = _cuts(((n, slot) for n, g in enumerate(graph.groups) if len(gone[n]) for slot in g.slots), gone)
     counts, dense = [len(channels) for channels in kept], [group.channels for group in graph.groups]
     free = [(group, len(channels)) for group, channels in zip(graph.groups, kept, strict=True) if group.locked is None]
     return Plan(
@@ -290,7 +284,22 @@ def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, p
         params=(params(dense), params(counts)),
         groups=tuple(group.name for group, count in free if count < group.channels),
         replacements=tuple(c.replacement for c in graph.replacements if any(counts[g] < dense[g] for g in c.groups)),
+        norms=tuple(_cuts(((n, slot) for n, slot in graph.norms if len(gone[n])), gone)),
     )
+
+
+def _cuts(slots: Iterable[tuple[int, Slot]], gone: Sequence[npt.NDArray[np.int64]]) -> list[Cut]:
+    """What removing the channels `gone` (per group) takes from the dimensions that the (group, slot) pairs touch."""
+    found: dict[tuple[str, int], list[tuple[int, Slot]]] = {}
+    for group, slot in slots:
+        found.setdefault((slot.tensor, slot.dim), []).append((group, slot))
+    cuts = []
+    for (tensor, dim), parts in found.items():
+        removed = np.concatenate([slot.indices[gone[group]].ravel() for group, slot in parts])
+        size = parts[0][1].size
+        stay = np.setdiff1d(np.arange(size), removed)
+        cuts.append(Cut(tensor, dim, size, tuple(stay.tolist()), parts[0][1].fill))
+    return cuts
 
 
 def _edits(graph: Graph, kept: Sequence[int]) -> Iterator[Edit]:

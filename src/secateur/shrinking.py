@@ -11,6 +11,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from secateur.errors import PlanMismatchError
 from secateur.inputs import check_model, private_copy
+from secateur.norms import with_live_norms
 from secateur.plans import Cut, Edit, Plan, named_tensors, replaced, tensor_shapes
 
 
@@ -45,7 +46,10 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
 
 @torch.inference_mode(False)
 def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of `model` in which every slot of the plan is zero (running variances 1): what `shrink` must equal."""
+    """A copy of `model` in which every slot of the plan is zero (running variances 1): what `shrink` must equal.
+
+    Where the plan narrows norms (`prune_residual=True`), the copy takes them over the live channels (`norms`).
+    """
     check_model(model)
     plan.check(tensor_shapes(model))
     zeroed = private_copy(model)
@@ -54,7 +58,7 @@ def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
         for cut in plan.cuts:
             tensor = tensors[cut.tensor]
             tensor.index_fill_(cut.dim, torch.tensor(cut.removed, device=tensor.device), cut.fill)
-    return zeroed
+    return with_live_norms(zeroed, plan.norms)
 
 
 def sliced(tensor: Tensor, cuts: list[Cut]) -> Tensor:

@@ -27,6 +27,7 @@ _QUESTIONS = {
     *("is_same_size", "is_nonzero_shape", "type", "is_set_to", "is_inference"),
 }
 _IN_PLACE = {"__setitem__"}
+_SCALE = 6  # its position among the arguments of scaled_dot_product_attention
 _MODES = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 
 
@@ -62,8 +63,11 @@ class GraphForms:
                 if override.attribute is not None:
                     names[override.requirement.call, override.requirement.path] = override.attribute.name
                     sizes[override.attribute.name] = override.attribute.value
-            program = replace(_Writer(self._model, self._state, frame, names, solution.attributes).program(), sizes=sizes)
-            yield Replacement(frame.module, program), frozenset().union(*(o.groups for o in found))
+            program = _Writer(self._model, self._state, frame, names, solution.attributes).program()
+            yield (
+                Replacement(frame.module, replace(program, sizes=sizes)),
+                frozenset().union(*(o.groups for o in found)),
+            )
 
     def _obstacle(self, frame: Frame) -> str | None:
         if frame.module == "" and not self._whole:
@@ -151,7 +155,16 @@ class _Writer:
         kwargs = ["dict", *([_name(k), self._tree(entry, event, (k,))] for k, entry in event.kwargs.items())]
         if event.name in _MODES:
             _follow_mode(args, kwargs)
+        if event.name == "scaled_dot_product_attention" and len(args) <= _SCALE + 1:
+            self._write_scale(event, kwargs)
         return [Step(target, args, kwargs, self._result(event.output))]
+
+    def _write_scale(self, call: Call, kwargs: list[Any]) -> None:
+        """The scale of the unpruned attention: by default it would follow the size of a head."""
+        if call.kwargs.get("scale") is None:
+            query = call.args[0] if call.args else call.kwargs["query"]
+            scale = self._tape.values[query.value].shape[-1] ** -0.5
+            kwargs[1:] = [*(pair for pair in kwargs[1:] if pair[0] != "scale"), ["scale", scale]]
 
     def _answer(self, call: Call) -> list[Step]:
         """A call without tensors in its result: a property, or something only the running code can do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,6 +46,7 @@ class Slot:
     dim: int
     indices: npt.NDArray[np.int64]  # (channels, k): the positions that go with each channel
     role: str  # output: made by a layer; input: read by one; scale: of a BatchNorm; other: biases, buffers
+    size: int  # length of the dimension
     fill: float = 0.0  # what removed entries hold in the zeroed original
 
     @property
@@ -134,6 +135,8 @@ class Graph:
     macs: tuple[Product, ...]
     params: tuple[Product, ...]
     replacements: tuple[Candidate, ...] = ()
+    norms: tuple[tuple[int, Slot], ...] = ()  # (group, its positions in a norm over live channels)
+    open_norms: bool = False  # traced with prune_residual=True
 
     @property
     def prunable(self) -> tuple[Group, ...]:
@@ -174,13 +177,20 @@ class Graph:
 
 @torch.inference_mode(False)
 def trace(
-    model: nn.Module, example_inputs: Any, *, ignore: Iterable[str | nn.Module] = (), form: str = "live"
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ignore: Iterable[str | nn.Module] = (),
+    prune_residual: bool = False,
+    form: str = "live",
 ) -> Graph:
     """Find the groups of `model` by running a copy of it once on copies of `example_inputs`, in eval mode.
 
     What that one forward pass does is what is seen: layers that it does not use keep their shape.
 
     `ignore`: modules, names or patterns ("head", "layer4.*"): their outputs are locked, their inputs may shrink.
+    `prune_residual`: widths under LayerNorm and RMSNorm, such as residual streams, may shrink too; the reference that
+    `verify` compares with then takes its norms over the live channels.
     `form`: "live", the shrunk model is of the same class and runs its own forward, only submodules may be replaced by
     their graph form; "graph", the whole model may be.
 
@@ -196,7 +206,7 @@ def trace(
     private = replaced(private_copy(model), attentions)
     with evaluating(private):
         tape = _record(private, inputs.map(torch.clone))
-    state, base, unknown = propagate(tape)
+    state, base, unknown = propagate(tape, open_norms=prune_residual)
     for (tensor, dim), ids in base.items():
         if tensor.rpartition(".")[0] in ignored and state.roles.get((tensor, dim)) != "input":
             state.algebra.atoms.lock(ids, IGNORED)
@@ -291,11 +301,21 @@ def _assemble(
             product(1, [(base.get((name, dim)), size) for dim, size in enumerate(shapes[name])]) for name in parameters
         ),
         replacements=tuple(c for c in candidates if c.groups),
+        norms=tuple(_norm_slots(state, classes, position)),
+        open_norms=state.open_norms,
     )
 
 
 def _touches(group: Group, module: str) -> bool:
     return any(slot.layer == module or slot.tensor.startswith(f"{module}.") for slot in group.slots)
+
+
+def _norm_slots(state: State, classes: Classes, position: Mapping[int, int]) -> Iterator[tuple[int, Slot]]:
+    """The positions that groups take in norms: a norm is named like a tensor with one dimension."""
+    named = {(name, dim): ids for name, (dim, ids) in state.norms.items()}
+    for number, slots in enumerate(_slots(state, named, classes)):
+        if classes.locked[number] is None:
+            yield from ((position[number], slot) for slot in slots)
 
 
 def _copies(state: State, classes: Classes, tensor: str) -> Form:
@@ -320,7 +340,7 @@ def _slots(state: State, base: Base, classes: Classes) -> list[tuple[Slot, ...]]
             positions = positions[np.argsort(row[roots[positions]], kind="stable")]
             indices = positions.reshape(len(classes.members[number]), -1)
             role = state.roles.get((tensor, dim), "other")
-            found[number].append(Slot(tensor, dim, indices, role, state.fills.get((tensor, dim), 0.0)))
+            found[number].append(Slot(tensor, dim, indices, role, len(ids), state.fills.get((tensor, dim), 0.0)))
     return [tuple(slots) for slots in found]
 
 

@@ -23,9 +23,9 @@ Base = dict[tuple[str, int], Ids]
 _OPAQUE_CALLS = ("multi_head_attention_forward",)
 
 
-def propagate(tape: Tape) -> tuple[State, Base, Counter[str]]:
+def propagate(tape: Tape, *, open_norms: bool = False) -> tuple[State, Base, Counter[str]]:
     """The state after the whole tape, the atoms of every (leaf, dim), and the ops that had no rule."""
-    state = State(tape, Algebra(), [Labels(value.shape) for value in tape.values])
+    state = State(tape, Algebra(), [Labels(value.shape) for value in tape.values], open_norms=open_norms)
     base = _label_leaves(state, {ref for node in tape.nodes for ref in node.refs()} | set(tape.outputs))
     unknown: Counter[str] = Counter()
     needed = _needed(tape)

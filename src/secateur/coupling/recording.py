@@ -36,10 +36,11 @@ _EXPORTS = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, tor
 _LENGTHS = (torch.Tensor.__len__, torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]  # a getset descriptor
 
-# Recorded as one op, although the framework may take it apart: its default scale comes from the size of a head, and
-# the parts would show that as a number without a history.
+# Recorded as one op, although the framework may take it apart: the default scale of attention comes from the size of a
+# head, and the parts would show that as a number without a history; a norm is known by its call.
 _ATOMIC: dict[Callable[..., Any], torch._ops.OpOverload] = {
     F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
+    F.rms_norm: torch.ops.aten.rms_norm.default,
 }
 
 

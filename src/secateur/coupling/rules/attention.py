@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from secateur.coupling.labels import Labels
-from secateur.coupling.rules.state import NotCovered, State, argument, rule
+from secateur.coupling.rules.state import NotCovered, Requirement, State, argument, rule
 from secateur.coupling.rules.weights import add_work
+from secateur.coupling.sizes import Size
 from secateur.coupling.tape import Node, Ref
 
 
@@ -17,7 +18,7 @@ def attention(state: State, node: Node) -> list[Labels]:
     """softmax(Q Kᵀ · scale + mask) V over (..., heads, positions, size of a head).
 
     Q (..., H, S, D), K (..., G, T, D), V (..., G, T, E). Without an explicit scale, 1 / √D is computed from the size of
-    a head, which therefore stays. With `enable_gqa` each of the G key and value heads serves H / G query heads.
+    a head, which therefore stays, unless the graph form of the module writes the scale down. With `enable_gqa` each of the G key and value heads serves H / G query heads.
     """
     algebra = state.algebra
     query, key, value = (
@@ -27,8 +28,7 @@ def attention(state: State, node: Node) -> list[Labels]:
         raise NotCovered
     last = len(query.shape) - 1
     if _given(node, 6, "scale") is None:
-        why = "its number is in the scale of the attention, 1 / sqrt(size of a head)"
-        query, key = algebra.collapse(query, [last], why), algebra.collapse(key, [last], why)
+        _require_scale(state, node, last, query.shape[last])
     if _given(node, 7, "enable_gqa") and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         positions = np.repeat(np.arange(key.shape[-3]), repeats)
@@ -47,6 +47,13 @@ def attention(state: State, node: Node) -> list[Labels]:
     values = algebra.reshape(value, (*value.shape[:-2], 1, *value.shape[-2:]))
     result = algebra.contract(weights, values, last)
     return [algebra.reshape(result, (*lead, query.shape[-2], width))]
+
+
+def _require_scale(state: State, node: Node, dim: int, size: int) -> None:
+    place = f"{node.place}: its scale is 1 / sqrt(size of a head)"
+    frame = None if node.call is None else node.call.frame
+    expression = Size(_given(node, 0, "query").value, dim)
+    state.requirements.append(Requirement(expression, size, place, size, frame=frame, escapes=True))
 
 
 def _given(node: Node, position: int, name: str) -> Any:

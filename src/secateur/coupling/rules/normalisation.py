@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from secateur.coupling.labels import Algebra, Factor, Labels
 from secateur.coupling.rules.origins import carry_elementwise
 from secateur.coupling.rules.state import (
+    Extent,
     NotCovered,
     Path,
     State,
     extra_extent,
     rule,
 )
-from secateur.coupling.tape import Node, Ref
+from secateur.coupling.tape import Call, Node, Ref
+from secateur.norms import NORMS, STATISTICS, norm_name
 
 
 @rule(
@@ -97,14 +101,56 @@ def _require_norm_groups(state: State, node: Node, groups: Labels, count: int) -
     state.explained.add(id(call))
 
 
-@rule("native_layer_norm", "_fused_rms_norm")
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
 def layer_norm(state: State, node: Node) -> list[Labels | None]:
-    """Statistics run over the normalised dimensions: they keep their width."""
+    """Statistics run over the normalised dimensions, which keep their width unless norms may run over live channels."""
     algebra, data = state.algebra, state.of(node.args[0])
-    count = len(node.args[1])
-    dims = list(range(len(data.shape) - count, len(data.shape)))
-    for dim in dims:
-        data = algebra.lock_dim(data, dim, "normalised over this width")
-    parts = [data, *(state.of(leaf) for leaf in node.args[2:4] if isinstance(leaf, Ref))]
-    joined, shape = algebra.align(parts, "normalised over this width")
-    return [Labels(shape, tuple(j.factor(False) for j in joined)), *[None] * (len(node.outputs) - 1)]
+    rank, count = len(data.shape), len(node.args[1])
+    last = rank - 1
+    leaves = [state.of(leaf) for leaf in node.args[2:4] if isinstance(leaf, Ref)]
+    opened = count == 1 and data.covered(last) and open_norm(state, node, data, last)
+    if opened:
+        _require_normalised_shape(state, node, last)
+    for dim in range(rank - count, rank):
+        if not opened:
+            data = algebra.lock_dim(data, dim, "normalised over this width")
+    joined, shape = algebra.align([data, *leaves], "normalised over this width")
+    factors = tuple(j.factor(opened and j.ids.shape[last] > 1) for j in joined)
+    return [Labels(shape, factors), *[None] * (len(node.outputs) - 1)]
+
+
+def open_norm(state: State, node: Node, data: Labels, dim: int) -> bool:
+    """Whether a norm or statistic may run over the live channels along `dim`; if so, it is noted for the reference."""
+    call = node.call
+    along = [factor for factor in data.factors if factor.spans(dim)]
+    if not state.open_norms or call is None or len(along) != 1 or along[0].span != (dim,):
+        return False
+    if call.name not in NORMS and not (call.name in STATISTICS and _normalises(state, node.module, data.shape[dim])):
+        return False
+    counted = [c for c in call.frame.events if isinstance(c, Call) and c.name in (*NORMS, *STATISTICS)]
+    name, ids = norm_name(call.frame.module, counted.index(call)), along[0].ids.reshape(-1)
+    if name in state.norms and len(state.norms[name][1]) != len(ids):
+        return False
+    if name in state.norms:  # the module is called more than once
+        state.algebra.atoms.unite(state.norms[name][1], ids, "normalised over this width")
+    state.norms[name] = dim, ids
+    return True
+
+
+def _normalises(state: State, module: str, width: int) -> bool:
+    """Whether a module holds nothing but scales and shifts of this width: a norm that somebody wrote in Python."""
+    leaves = [value for value in state.tape.values if value.leaf is not None and value.leaf.kind == "parameter"]
+    own = [value.shape for value in leaves if value.leaf is not None and value.leaf.name.rpartition(".")[0] == module]
+    return bool(own) and all(math.prod(shape) == width == max(shape) for shape in own)
+
+
+def _require_normalised_shape(state: State, node: Node, dim: int) -> None:
+    call = node.call
+    if call is None:
+        return
+    path: Path = (1,) if len(call.args) > 1 else ("normalized_shape",)
+    given = call.args[1] if len(call.args) > 1 else call.kwargs["normalized_shape"]
+    if isinstance(given, (list, tuple)):
+        path, given = (*path, 0), given[0]
+    state.require(node, given, Extent(node.args[0].value, dim, state.of(node.args[0]).shape[dim]), path)
+    state.explained.add(id(call))

@@ -6,11 +6,11 @@ and its dimension, that the positions are those of; None where no single leaf ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from secateur.coupling.labels import matching_blocks
 from secateur.coupling.rules.state import State
-from secateur.coupling.tape import Node
+from secateur.coupling.tape import Node, Ref
 
 Origin = tuple[tuple[str, int] | None, ...]
 
@@ -32,6 +32,14 @@ def carry_elementwise(state: State, node: Node, operands: Iterable[int]) -> None
             if wide and merged[-back] is None and leaf is not None and state.roles.get(leaf) != "other":
                 merged[-back] = leaf
     state.origins[node.outputs[0]] = tuple(merged)
+
+
+def readers(state: State, ref: Ref) -> Iterator[Node]:
+    """The ops that read a value."""
+    for node in state.tape.nodes:
+        given = (*node.args, *node.kwargs.values())
+        if ref in given or any(isinstance(entry, (list, tuple)) and ref in entry for entry in given):
+            yield node
 
 
 def _is_fixed(state: State, value: int) -> bool:

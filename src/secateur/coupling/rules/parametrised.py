@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from secateur.coupling.labels import Labels
-from secateur.coupling.rules.origins import carry_elementwise
+from secateur.coupling.rules.origins import carry_elementwise, readers
 from secateur.coupling.rules.reductions import reduction
 from secateur.coupling.rules.state import State, argument, rule
 from secateur.coupling.tape import Node, Ref
@@ -37,20 +39,18 @@ def norm(state: State, node: Node) -> list[Labels]:
 
 def _keep_direction(state: State, direction: Ref, dim: int) -> None:
     """In the zeroed original the directions hold 1, as long as nothing but weight normalisation reads them."""
-    origin = state.origins.get(direction.value)
+    labels, origin = state.of(direction), state.origins.get(direction.value)
     leaf = None if origin is None else origin[dim]
     if leaf is None or not _is_only_normalised(state, direction):
-        labels = state.of(direction)
         state.labels[direction.value] = state.algebra.lock_dim(labels, dim, "a direction that has another use")
-    else:
-        state.fills[leaf] = 1.0
-        state.roles.setdefault(leaf, "other")  # the size of a filter is its gain
+        return
+    state.fills[leaf] = 1.0
+    state.roles.setdefault(leaf, "other")  # the size of a filter is its gain
+    factors = tuple(replace(factor, zero=factor.zero and not factor.spans(dim)) for factor in labels.factors)
+    state.labels[direction.value] = Labels(labels.shape, factors)
 
 
 def _is_only_normalised(state: State, direction: Ref) -> bool:
-    for node in state.tape.nodes:
-        if direction not in node.args and not any(isinstance(a, list) and direction in a for a in node.args):
-            continue
-        if node.call is None or node.call.name != _CALL or node.call.args[0] != direction:
-            return False
-    return direction.value not in state.tape.outputs
+    calls = [node.call for node in readers(state, direction)]
+    only = all(call is not None and call.name == _CALL and call.args[0] == direction for call in calls)
+    return only and direction.value not in state.tape.outputs

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from secateur.coupling.labels import Factor, Labels
-from secateur.coupling.rules.recurrent import is_recurrent, tied_gates
+from secateur.coupling.rules.recurrent import is_recurrent, separate_states, tied_gates, unread_states
 from secateur.coupling.rules.state import Extent, Path, Requirement, State, argument, rule
 from secateur.coupling.sizes import Size
 from secateur.coupling.tape import Node
@@ -101,7 +101,8 @@ def unbind(state: State, node: Node) -> list[Labels]:
     _require_all(state, node, data, dim)
     take = state.algebra.take
     parts = [take(data, dim, np.array([position])) for position in range(data.shape[dim])]
-    return [state.algebra.reshape(part, state.shape(node, number)) for number, part in enumerate(parts)]
+    parts = [state.algebra.reshape(part, state.shape(node, number)) for number, part in enumerate(parts)]
+    return separate_states(state, node, parts) if dim == 0 else parts
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk")
@@ -163,6 +164,9 @@ def stack(state: State, node: Node) -> list[Labels]:
     """Parts along a new dimension."""
     rank = len(state.shape(node))
     dim = int(argument(node, 1, "dim", 0)) % rank
+    unread = unread_states(state, node, node.args[0]) if dim == 0 else None
+    if unread is not None:
+        return [unread]
     parts = []
     for part in node.args[0]:
         labels = state.of(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.coupling.labels import Labels
+from secateur.coupling.rules.normalisation import open_norm
 from secateur.coupling.rules.origins import carry_nothing
 from secateur.coupling.rules.state import NotCovered, State, argument, rule
 from secateur.coupling.tape import Node
@@ -51,6 +52,9 @@ _NEVER_ZERO = ("argmax", "argmin", "logsumexp")  # of zeros they are no zeros, o
 _NORMS = ("linalg_vector_norm", "norm")
 
 
+_STATISTICS = ("mean", "var", "std", "var_mean", "std_mean")
+
+
 @rule(*REDUCTIONS)
 def reduction(state: State, node: Node) -> list[Labels]:
     """A sum over dead zeros is free; every other reduction over channels needs them all."""
@@ -63,6 +67,8 @@ def reduction(state: State, node: Node) -> list[Labels]:
     dims = [dim % max(1, rank) for dim in dims]
     sums = kind == "sum" or (kind in _NORMS and _order(node) > 0)
     carry_nothing(state, node)
+    if kind in _STATISTICS and len(dims) == 1 and data.covered(dims[0]) and open_norm(state, node, data, dims[0]):
+        data = Labels(data.shape, tuple(factor for factor in data.factors if not factor.spans(dims[0])))
     reduced = state.algebra.reduce(data, dims, sums=sums, why=f"reduced by {kind} over channels")
     results = []
     for number in range(len(node.outputs)):

@@ -64,6 +64,8 @@ class State:
     work: list[Work] = field(default_factory=list)
     at_least_two: list[Ids] = field(default_factory=list)  # channels that must not become one
     zeros: dict[Any, bool | None] = field(default_factory=dict)  # answers of pointwise ops on zeros
+    open_norms: bool = False  # whether normalised widths may shrink, the norms then being over live channels
+    norms: dict[str, tuple[int, Ids]] = field(default_factory=dict)  # name of a norm -> dim, atoms along it
     explained: set[int] = field(default_factory=set)  # calls (by id) whose traced integers a rule has accounted for
 
     def of(self, argument: Any) -> Labels:

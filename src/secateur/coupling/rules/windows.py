@@ -43,8 +43,8 @@ def pictures(state: State, node: Node) -> list[Labels]:
 def flip(state: State, node: Node) -> list[Labels]:
     """Backwards: what stays is still in reversed order."""
     data = state.of(node.args[0])
-    for dim in node.args[1]:
-        dim = int(dim) % max(1, len(data.shape))
+    for given in node.args[1]:
+        dim = int(given) % max(1, len(data.shape))
         data = state.algebra.take(data, dim, np.arange(data.shape[dim])[::-1])
     return [data]
 
