@@ -49,7 +49,7 @@ results: $(VENV)/.stamp-dev  ## Train and prune ResNet-20 on CIFAR-10, then writ
 	$(BIN)/python benchmarks/cifar10_resnet20.py $(ARGS)
 	$(BIN)/python benchmarks/write_results.py
 
-coupling: $(VENV)/.stamp-bench  ## Prune every architecture of the zoo with Secateur and with Torch-Pruning, side by side
+coupling: $(VENV)/.stamp-dev  ## Prune every architecture of the zoo with Secateur and with Torch-Pruning, side by side
 	$(BIN)/python benchmarks/coupling.py $(ARGS)
 	$(BIN)/python benchmarks/write_results.py
 
@@ -61,12 +61,6 @@ clean:  ## Remove the environment and everything generated
 $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[$*]'
-	@touch $@
-
-# Alone: torchvision and timm ask for a torch of their own, and the one that Secateur was run with must stay.
-$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
-	$(BIN)/python -m pip install --quiet -c constraints.txt transformers tokenizers torch-pruning pyyaml
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps torchvision timm
 	@touch $@
 
 $(BIN)/python:

@@ -117,9 +117,9 @@ def kept_masks(original: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
         try:
             masks[name] = kept_mask(tensor.detach().cpu(), after[name].detach().cpu())
         except NotFoundError as error:
-            if isinstance(tensor, nn.Parameter) or tensor.shape != after[name].shape:
+            if isinstance(tensor, nn.Parameter):
                 raise NotFoundError(f"{name}: {error}") from error
-            # A buffer that was computed anew, such as an index table: the outputs tell.
+            # A constant, or computed anew such as an index table: the reference keeps it, the outputs tell.
             masks[name] = torch.ones(tensor.shape, dtype=torch.bool)
     return masks
 
@@ -303,10 +303,18 @@ def _live_group_norm(
 
 
 def _share_of_a_norm(x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor | None:
-    """The live share of the last dim where `x.mean(-1, keepdim=True)` is a hand-written norm's mean, else None."""
-    if not keepdim or dim not in (-1, (-1,), [-1]) or x.dim() < 2:
+    """The live share of a dim where `x.mean(dim, keepdim=True)` is a hand-written norm's mean, else None.
+
+    A norm's dim is the last one, or is followed by dims of size 1 only (a global response norm over channels).
+    """
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if not keepdim or not isinstance(dim, int) or x.dim() < 2:
         return None
-    return _live(x).mean().clamp(min=1 / x.shape[-1])
+    dim %= x.dim()
+    if dim == 0 or any(size > 1 for size in x.shape[dim + 1 :]):
+        return None
+    live = (x != 0).movedim(dim, 0).flatten(1).any(1)
+    return live.to(x.dtype).mean().clamp(min=1 / len(live))
 
 
 class InDouble(TorchFunctionMode):

@@ -96,17 +96,31 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+# A weight-normed direction and its gain, by the ends of their names: parametrization and hook.
+DIRECTIONS = {".original1": ".original0", "_v": "_g"}
+
+
 def zeroed_by_hand(model: nn.Module, plan: Plan) -> nn.Module:
-    """`model` with everything that the plan cuts set to zero, running variances to one."""
+    """`model` with everything that the plan cuts set to zero, running variances to one.
+
+    A direction of weight normalisation keeps its length, as 0 / 0 is no zero: its filter is zero by its gain.
+    """
     copied = copy.deepcopy(model)
     tensors = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
     with torch.no_grad():
         for cut in plan.cuts:
+            if _has_gain_along(tensors, cut.tensor, cut.dim):
+                continue
             removed = [place for place in range(cut.size) if place not in set(cut.kept)]
             tensors[cut.tensor].index_fill_(
                 cut.dim, torch.tensor(removed), 1.0 if cut.tensor.endswith("running_var") else 0.0
             )
     return copied
+
+
+def _has_gain_along(tensors: Mapping[str, Tensor], name: str, dim: int) -> bool:
+    gains = [tensors.get(name.removesuffix(v) + g) for v, g in DIRECTIONS.items() if name.endswith(v)]
+    return any(gain is not None and gain.dim() > 0 and gain.shape[dim] > 1 for gain in gains)
 
 
 def outputs_of(model: nn.Module, batch: Any) -> list[Tensor]:
@@ -128,6 +142,7 @@ def distance(left: nn.Module, right: nn.Module, batch: Any) -> float:
     worst = 0.0
     for a, b in zip(outputs_of(left, batch), outputs_of(right, batch), strict=True):
         assert a.shape == b.shape, f"{list(a.shape)} is not {list(b.shape)}"
+        assert torch.isfinite(a).all() and torch.isfinite(b).all()
         worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp(min=1e-300)))
     return worst
 

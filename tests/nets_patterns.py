@@ -18,29 +18,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.nn.utils.spectral_norm import spectral_norm as old_spectral_norm
 from torch.nn.utils.weight_norm import weight_norm as hooked_weight_norm
 
-from nets_for_tests import HEAD, Case, Net, Trap, conv, head, pooled, zeroed_by_hand
-from secateur.plans import Plan
+from nets_for_tests import HEAD, Case, Net, Trap, conv, head, pooled
 
 SEQUENCE = (5, 4)  # steps, features
-DIRECTIONS = {"_v": "_g", ".original1": ".original0"}  # how directions of weight normalisation end, and their gains
-
-
-def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
-    """As `zeroed_by_hand`. A direction of weight normalisation keeps its length: its filter is zero by its gain."""
-    copied = zeroed_by_hand(model, plan)
-    originals, tensors = dict(model.named_parameters()), dict(copied.named_parameters())
-    for name, tensor in tensors.items():
-        gains = [tensors.get(name.removesuffix(v) + g) for v, g in DIRECTIONS.items() if name.endswith(v)]
-        gain = next((gain for gain in gains if gain is not None and gain.dim() > 0), None)
-        if gain is None:
-            continue
-        with torch.no_grad():
-            tensor.copy_(originals[name])
-            for cut in plan.cuts:
-                if cut.tensor == name and gain.shape[cut.dim] == 1:
-                    removed = [place for place in range(cut.size) if place not in set(cut.kept)]
-                    tensor.index_fill_(cut.dim, torch.tensor(removed), 0.0)
-    return copied
 
 
 @torch.no_grad()  # a weight that remembers its parameters could not be copied
@@ -809,21 +789,15 @@ def _normed() -> nn.Module:
     return old_weight_norm(conv(8, 8))
 
 
-def _gains_computed(dim: int) -> Callable[[Any, Tensor], Tensor]:
-    def change(s: Any, h: Tensor) -> Tensor:
-        gain = F.softplus(s.weight_g)  # of zero it is no zero
-        return F.conv2d(h, torch._weight_norm(s.weight_v, gain if dim == 0 else gain.transpose(0, 1), dim), padding=1)
-
-    return change
+def _gains_computed(s: Any, h: Tensor) -> Tensor:
+    gain = F.softplus(s.weight_g)  # of zero it is no zero
+    return F.conv2d(h, torch._weight_norm(s.weight_v, gain, 0), padding=1)
 
 
 PATTERN_TRAPS = (
-    *(
-        Trap(
-            f"gains that are computed, along dimension {dim}",
-            _trap(_gains_computed(dim), weight_v=lambda: weights(8, 8, 3, 3), weight_g=lambda: weights(8, 1, 1, 1)),
-        )
-        for dim in (0, 1)
+    Trap(
+        "gains that are computed",
+        _trap(_gains_computed, weight_v=lambda: weights(8, 8, 3, 3), weight_g=lambda: weights(8, 1, 1, 1)),
     ),
     Trap("a direction that is read elsewhere", _trap(_direction_read_twice, n=_normed)),
     Trap("index made of channels", _trap(lambda s, h: h[:, :, h.mean((0, 1, 3)).argsort()])),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import secateur as sc
-from nets_for_tests import Case, Net, Trap, distance, head, outputs_of, randomised
-from nets_patterns import PATTERN_TRAPS, PATTERNS, zeroed
+from nets_for_tests import Case, Net, Trap, distance, head, outputs_of, randomised, zeroed_by_hand
+from nets_patterns import PATTERN_TRAPS, PATTERNS
 from secateur.coupling.memory import overlaps
 
 HALF = sc.Target(sparsity=0.5)
@@ -39,7 +39,7 @@ def test_shrunk_equals_zeroed_with_widths_worked_out_by_hand(case: Case) -> None
     plan = plan_for(model, batch)
     assert {row.layer: row.after for row in plan.widths} == dict(case.widths)
     assert not plan.replacements
-    small, original = sc.shrink(model, plan), zeroed(model, plan)
+    small, original = sc.shrink(model, plan), zeroed_by_hand(model, plan)
     for size in (2, 5):
         inputs = case.batch(size)
         assert distance(original, small, inputs) < 1e-9
@@ -60,7 +60,7 @@ def test_one_index_off_is_noticed(case: Case) -> None:
             continue
         cuts = tuple(replace(c, kept=shifted) if n == number else c for n, c in enumerate(plan.cuts))
         small = sc.shrink(model, replace(plan, cuts=cuts))
-        noticed += distance(zeroed(model, plan), small, batch) > 1e-6
+        noticed += distance(zeroed_by_hand(model, plan), small, batch) > 1e-6
     assert noticed >= 1
 
 
@@ -84,7 +84,7 @@ def test_a_net_that_invites_a_mistake_is_locked_or_right(trap: Trap) -> None:
     scores = sc.score(graph, sc.observe(model, graph), "random")
     for sparsity in (0.25, 0.5, 0.95):
         plan = sc.select(graph, scores, sc.Target(sparsity=sparsity), scope="layer")
-        assert distance(zeroed(model, plan), sc.shrink(model, plan), batch) < 1e-9
+        assert distance(zeroed_by_hand(model, plan), sc.shrink(model, plan), batch) < 1e-9
 
 
 # -- what else must hold for layers with state of their own ----------------------------------------------------------

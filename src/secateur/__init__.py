@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from secateur.criteria.table import score
     from secateur.errors import SecateurError, VerificationError
     from secateur.evidence import Evidence, observe
+    from secateur.exporting import export
+    from secateur.hub import HubMixin
     from secateur.inputs import Inputs
     from secateur.measuring.counts import count
     from secateur.measuring.latency import measure
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Evidence": "evidence",
     "Graph": "coupling.groups",
+    "HubMixin": "hub",
     "Group": "coupling.groups",
     "Inputs": "inputs",
     "Plan": "plans",
@@ -42,6 +45,7 @@ _HOME = {
     "VerificationError": "errors",
     "count": "measuring.counts",
     "evaluate": "training.evaluating",
+    "export": "exporting",
     "fit": "training.loop",
     "load": "artifacts",
     "measure": "measuring.latency",
@@ -63,6 +67,7 @@ __all__ = [
     "Evidence",
     "Graph",
     "Group",
+    "HubMixin",
     "Inputs",
     "Plan",
     "Pruned",
@@ -74,6 +79,7 @@ __all__ = [
     "VerificationError",
     "count",
     "evaluate",
+    "export",
     "fit",
     "load",
     "measure",

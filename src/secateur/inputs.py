@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ _UNWRAP = {
     "OptimizedModule": "the result of torch.compile: pass `model._orig_mod`, and compile the pruned model afterwards.",
     "GraphModule": "a torch.fx graph: pass the module it was traced from; its sizes are constants.",
 }
+
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)  # attributes without tensors in them
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,13 @@ def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError("the model is on the meta device: it can be traced, but has no weights to judge.")
-        if not torch.isfinite(parameter).all():
+        if not _is_finite(parameter.detach()):
             raise ModelError(f"parameter {name!r} holds NaN or infinity: did training diverge?")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is a finite number. One that is not makes the sum so too, and a sum is quickly made."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def check_devices(model: nn.Module, inputs: Inputs) -> None:
@@ -122,14 +131,54 @@ def check_devices(model: nn.Module, inputs: Inputs) -> None:
             )
 
 
-def private_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`. Activations that modules keep as attributes are copied as plain tensors."""
-    memo: dict[int, Any] = {}
+def private_copy(model: nn.Module, instead: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy of `model`. Activations that modules keep as attributes are copied as plain tensors.
+
+    `instead`: tensors that take the place of a copy, by the id of the original, wherever the model holds it.
+    """
+    memo: dict[int, Any] = dict(instead or {})
     for module in model.modules():
-        for tensor in tree_leaves(list(vars(module).values())):
-            if isinstance(tensor, Tensor) and not tensor.is_leaf:  # deepcopy refuses what autograd computed
-                memo[id(tensor)] = tensor.detach().clone()
+        for value in vars(module).values():
+            if type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()  # a module has nine dicts of hooks, mostly empty: slow to copy
+            elif not _is_plain(value):
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, Tensor) and not tensor.is_leaf:  # deepcopy refuses what autograd computed
+                        memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute is soon seen to hold no tensor: flattening every attribute of a long model takes seconds."""
+    if type(value) in (tuple, list, dict):
+        return all(type(entry) in _PLAIN for entry in (value.values() if type(value) is dict else value))
+    return type(value) in _PLAIN
+
+
+def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A private copy on the CPU whose floating-point tensors are of `dtype`."""
+    converted: dict[int, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point():
+            new = tensor.detach().to(device="cpu", dtype=dtype, copy=True)
+            kept = tensor.requires_grad
+            converted[id(tensor)] = nn.Parameter(new, kept) if type(tensor) is nn.Parameter else new.requires_grad_(kept)
+    return private_copy(model, converted).to(device="cpu", dtype=dtype)
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A private copy whose parameters are new objects over the memory of the model's: nothing may write to them.
+
+    Parameters of a class of their own, or that share memory among themselves, are copied after all.
+    """
+    plain = [p for p in model.parameters() if type(p) is nn.Parameter and p.layout == torch.strided]
+    users = Counter(parameter.untyped_storage()._cdata for parameter in plain)
+    shared: dict[int, Tensor] = {}
+    for parameter in plain:
+        if users[parameter.untyped_storage()._cdata] == 1 and not parameter.is_inference():
+            shared[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            vars(shared[id(parameter)]).update(vars(parameter))
+    return private_copy(model, shared)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ attributes that change with them, and the shapes of the model it fits. It prints
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
@@ -188,7 +188,7 @@ def _both(first: tuple[Replacement, ...], later: tuple[Replacement, ...]) -> tup
     for replacement in later:
         before = merged.get(replacement.module)
         if before is not None and before.program is not None and replacement.program is not None:
-            sizes = {**before.program.sizes, **replacement.program.sizes}
+            sizes = {**replacement.program.sizes, **before.program.sizes}
             replacement = replace(replacement, program=replace(replacement.program, sizes=sizes))  # noqa: PLW2901
         merged[replacement.module] = replacement
     return tuple(merged.values())
@@ -204,11 +204,19 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
 
 
-def replaced(model: nn.Module, replacements: Iterable[Replacement]) -> nn.Module:
+def replaced(model: nn.Module, replacements: Collection[Replacement]) -> nn.Module:
     """`model` itself, with modules exchanged for ones of the same parameters that can shrink.
 
     Raises PlanMismatchError for a module that is not there, or not of the kind that the plan exchanges.
     """
+    holders: dict[int, list[tuple[dict[str, Any], str]]] = {}  # id of a module -> where it is held
+
+    def note(module: nn.Module) -> None:
+        for name, child in module._modules.items():
+            holders.setdefault(id(child), []).append((module._modules, name))
+
+    for module in model.modules() if replacements else ():
+        note(module)
     for replacement in replacements:
         try:
             old = model.get_submodule(replacement.module)
@@ -220,12 +228,12 @@ def replaced(model: nn.Module, replacements: Iterable[Replacement]) -> nn.Module
             raise PlanMismatchError(f"{replacement.module!r} is no nn.MultiheadAttention, as the plan expects.")
         program = replacement.program
         new = MultiheadAttention(cast(nn.MultiheadAttention, old)) if program is None else graph_form(old, program)
-        if old is model:
-            return new
-        for parent in model.modules():
-            for name, child in parent._modules.items():
-                if child is old:
-                    parent._modules[name] = new
+        model = new if old is model else model
+        holders[id(new)] = holders.pop(id(old), [])
+        for held, name in holders[id(new)]:
+            held[name] = new
+        if new._modules is not old._modules:
+            note(new)
     return model
 
 

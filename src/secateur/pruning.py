@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from secateur.batches import Forward, Loss
 from secateur.coupling.groups import Graph, trace
@@ -22,7 +23,7 @@ from secateur.schedules import resolve as resolve_schedule
 from secateur.selection import make_plan, select
 from secateur.shrinking import shrink
 from secateur.targets import Target, macs_of, params_of
-from secateur.verification import verify
+from secateur.verification import verified_program, verify
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Pruned:
     model: nn.Module
     plan: Plan
     summary: Summary
+    program: ExportedProgram | None = None  # the model as an exported program, with form="graph"
 
     def __repr__(self) -> str:
         return f"Pruned({self.plan!r}, verified within {self.summary.verified_difference:.1e})"
@@ -93,6 +95,7 @@ def prune(
     prune_residual: bool = False,
     keep_at_least: int = 1,
     seed: int = 0,
+    form: str = "live",
     forward: Forward | None = None,
     loss: Loss | None = None,
 ) -> Pruned:
@@ -103,12 +106,16 @@ def prune(
     the summary says so. `ignore`: modules whose outputs keep their width. `prune_residual`: widths under LayerNorm and
     RMSNorm may shrink too (residual streams); the proof then takes norms over live channels. For the rest see `select`
     and `score`.
+
+    `form`: "live" gives the model's own class, in which a submodule may be replaced by its graph form. "graph" may
+    replace the model itself, so that nothing is locked because of its Python code, and adds the pruned model as an
+    exported program with open batch size and sequence length (`Pruned.program`), checked against it.
     """
     goal = _goal(sparsity, target)
     resolve(criterion)
     check_model(model)
     check_weights(model)
-    graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
+    graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual, form=form)
     facts = observe(model, graph, data, needs_of(criterion), forward=forward, loss=loss)
     scores = score(graph, facts, criterion, seed=seed)
 
@@ -118,7 +125,8 @@ def prune(
     graph, plan, small, difference = _proved(model, graph, chosen, example_inputs)
     if data is not None:
         small = repair(small, data, forward=forward)
-    return Pruned(small, plan, _summary(graph, plan, criterion, difference, repaired=data is not None))
+    program = verified_program(small, example_inputs) if form == "graph" else None
+    return Pruned(small, plan, _summary(graph, plan, criterion, difference, repaired=data is not None), program)
 
 
 def prune_steps(

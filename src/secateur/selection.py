@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -117,7 +117,8 @@ def _blocks(
     graph: Graph, dense: Graph, scores: Mapping[str, Tensor], round_to: int, keep_at_least: int, normalise: bool
 ) -> list[Block]:
     numbers = {group.name: number for number, group in enumerate(graph.groups)}
-    original = {group.signature: group.channels for group in dense.groups}
+    original = dict(zip(_identities(dense), (group.channels for group in dense.groups), strict=True))
+    identities = dict(zip((group.name for group in graph.groups), _identities(graph), strict=True))
     fixed = _fixed_positions(graph)
     blocks = []
     for group in graph.prunable:
@@ -135,12 +136,25 @@ def _blocks(
                 groups=members,
                 orders=orders,
                 scores=np.mean(ranked, axis=0),
-                original=original.get(group.signature, group.channels),
+                original=original.get(identities[group.name], group.channels),
                 sizes=_step_sizes(graph, members, fixed, round_to, keep_at_least),
                 weight=sum(graph.groups[number].weight for number in members),
             )
         )
     return blocks
+
+
+def _identities(graph: Graph) -> list[tuple[Hashable, int]]:
+    """What a group and the same group of a model shrunk from it have in common: the dimensions it touches.
+
+    Groups that touch the same ones are told apart by their order.
+    """
+    seen: Counter[Hashable] = Counter()
+    found: list[tuple[Hashable, int]] = []
+    for group in graph.groups:
+        found.append((group.signature, seen[group.signature]))
+        seen[group.signature] += 1
+    return found
 
 
 def _step_sizes(
@@ -216,9 +230,11 @@ def _until_sparsity(
 ) -> list[int]:
     if scope == "layer":
         return [_rounded_down(block, sparsity) for block in blocks]
-    now = {group.signature: group.channels for group in graph.groups}
+    now = dict(zip(_identities(graph), (group.channels for group in graph.groups), strict=True))
+    identities = dict(zip((group.name for group in dense.groups), _identities(dense), strict=True))
     before = sum(group.weight * group.channels for group in dense.prunable)
-    after = sum(group.weight * now.get(group.signature, 1) for group in dense.prunable)  # one of 1 is a group no more
+    # A group that is down to one channel is a group no more.
+    after = sum(group.weight * now.get(identities[group.name], 1) for group in dense.prunable)
     left = math.floor(sparsity * before + 1e-9) - (before - after)
     gone = [0] * len(blocks)
     full: set[int] = set()

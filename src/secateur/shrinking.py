@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,9 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     """
     check_model(model)
     plan.check(tensor_shapes(model))
-    small = replaced(private_copy(model), plan.replacements)
-    cuts: dict[str, list[Cut]] = {}
-    for cut in plan.cuts:
-        cuts.setdefault(cut.tensor, []).append(cut)
-    tensors = named_tensors(small)
-    owners = _owners(small)
-    for name, its_cuts in cuts.items():
-        old = tensors[name]
-        new = _sliced(old, its_cuts)
-        for store, key in owners[id(old)]:
-            store[key] = new
+    tensors, cuts = named_tensors(model), by_tensor(plan.cuts)
+    smaller = {id(tensors[name]): _sliced(tensors[name], its_cuts) for name, its_cuts in cuts.items()}
+    small = replaced(private_copy(model, smaller), plan.replacements)
     marked = dict(small.named_parameters())
     for name, parameter in model.named_parameters():
         vars(marked[name]).update(vars(parameter))  # marks such as `no_weight_decay`, which copying loses
@@ -53,12 +45,24 @@ def zero_channels(model: nn.Module, plan: Plan) -> nn.Module:
     check_model(model)
     plan.check(tensor_shapes(model))
     zeroed = private_copy(model)
-    tensors = named_tensors(zeroed)
+    zero_(named_tensors(zeroed), plan)
+    return with_live_norms(zeroed, plan.norms)
+
+
+def zero_(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+    """Write zeros (ones into running variances) wherever the plan removes entries of the named tensors, in place."""
     with torch.no_grad():
         for cut in plan.cuts:
             tensor = tensors[cut.tensor]
             tensor.index_fill_(cut.dim, torch.tensor(cut.removed, device=tensor.device), cut.fill)
-    return with_live_norms(zeroed, plan.norms)
+
+
+def by_tensor(cuts: Iterable[Cut]) -> dict[str, list[Cut]]:
+    """The cuts of each tensor."""
+    found: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        found.setdefault(cut.tensor, []).append(cut)
+    return found
 
 
 def sliced(tensor: Tensor, cuts: list[Cut]) -> Tensor:
@@ -77,15 +81,7 @@ def _sliced(old: Tensor, cuts: list[Cut]) -> Tensor:
     return new.requires_grad_(old.requires_grad)
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[dict[str, Tensor | None], str]]]:
-    """Every place that holds a tensor, by the tensor's identity: a tied tensor has several."""
-    places: dict[int, list[tuple[dict[str, Tensor | None], str]]] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for key, tensor in store.items():
-                if tensor is not None:
-                    places.setdefault(id(tensor), []).append((store, key))  # type: ignore[arg-type]  # narrower values
-    return places
+
 
 
 def _edit(model: nn.Module, edit: Edit) -> None:

@@ -92,28 +92,41 @@ def _check_budget(name: str, value: object) -> None:
 class Cost:
     """MACs or parameters as a function of the groups' kept counts: thousands of plans cost nothing to compare."""
 
-    def __init__(self, products: Sequence[Product], groups: int) -> None:
-        depth = max([len(product.lengths) for product in products], default=0)
-        self._constants = np.array([product.constant for product in products], dtype=np.float64)
-        self._forms = np.zeros((depth, len(products), groups + 1))
-        self._forms[:, :, -1] = 1.0
-        for number, product in enumerate(products):
-            for level, form in enumerate(product.lengths):
-                self._forms[level, number, -1] = float(form.constant)
-                for group, coefficient in form.terms.items():
-                    self._forms[level, number, group] = float(coefficient)
+    def __init__(self, products: Sequence[Product]) -> None:
+        self._fixed = 0.0  # what no group changes
+        factors: list[float] = []  # per product
+        starts: list[int] = []  # per product: its first length
+        offsets: list[float] = []  # per length, all products one after another
+        terms: list[tuple[int, int, float]] = []  # (length, group, coefficient)
+        for product in products:
+            varying = [form for form in product.lengths if not form.is_constant]
+            factor = product.constant * math.prod(float(form.constant) for form in product.lengths if form.is_constant)
+            if not varying:
+                self._fixed += factor
+                continue
+            factors.append(factor)
+            starts.append(len(offsets))
+            for form in varying:
+                terms.extend((len(offsets), group, float(share)) for group, share in form.terms.items())
+                offsets.append(float(form.constant))
+        self._factors, self._starts, self._offsets = np.array(factors), np.array(starts, np.int64), np.array(offsets)
+        at, group, share = zip(*terms, strict=True) if terms else ((), (), ())
+        self._at, self._group, self._share = np.array(at, np.int64), np.array(group, np.int64), np.array(share)
 
     def __call__(self, kept: Sequence[int]) -> int:
         """The cost when `kept[g]` channels of group g stay."""
-        lengths = self._forms @ np.append(np.asarray(kept, dtype=np.float64), 1.0)
-        return round(float((self._constants * lengths.prod(axis=0)).sum()))
+        if not len(self._factors):
+            return round(self._fixed)
+        shares = self._share * np.asarray(kept, dtype=np.float64)[self._group]
+        lengths = self._offsets + np.bincount(self._at, shares, len(self._offsets))
+        return round(self._fixed + float((self._factors * np.multiply.reduceat(lengths, self._starts)).sum()))
 
 
 def macs_of(graph: Graph) -> Cost:
     """Multiply-accumulates of one forward pass on the example inputs of `graph`."""
-    return Cost(graph.macs, len(graph.groups))
+    return Cost(graph.macs)
 
 
 def params_of(graph: Graph) -> Cost:
     """Parameters; tied ones count once."""
-    return Cost(graph.params, len(graph.groups))
+    return Cost(graph.params)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any
@@ -16,7 +17,7 @@ from secateur.coupling.requirements import Override, Solution
 from secateur.coupling.rules.state import Path, State
 from secateur.coupling.sizes import Arithmetic, Attribute, Escape, Expression, Size, TracedInt, mentioned
 from secateur.coupling.tape import Call, Frame, Ref, Tape
-from secateur.graphforms import Guard, Program, Step, Tree, operation
+from secateur.graphforms import GraphForm, Guard, Program, Step, Tree, operation
 from secateur.plans import Replacement
 
 Overrides = Mapping[tuple[Call | None, Path | None], str]  # arguments that a size attribute replaces, with its name
@@ -43,6 +44,10 @@ class GraphForms:
 
     def __init__(self, model: nn.Module, state: State, *, whole: bool) -> None:
         self._model, self._state, self._whole = model, state, whole
+        self._names = _Names(model, state.tape)
+        self._escapes: dict[Frame, list[Escape]] = {}
+        for escape in state.tape.escaped.entries:
+            self._escapes.setdefault(escape.frame, []).append(escape)
         self._known: dict[str, str | None] = {}  # module -> what stands in the way
 
     def obstacle(self, frame: Frame) -> str | None:
@@ -51,6 +56,14 @@ class GraphForms:
             self._known[frame.module] = self._obstacle(frame)
         return self._known[frame.module]
 
+    def sizes(self, module: str) -> int:
+        """How many size attributes the module has already, from an earlier pruning."""
+        return len(self._sizes(module))
+
+    def _sizes(self, module: str) -> dict[str, int]:
+        found = self._model.get_submodule(module)
+        return {name: index(vars(found)[name]) for name in found.program.sizes} if isinstance(found, GraphForm) else {}
+
     def replacements(self, solution: Solution) -> Iterator[tuple[Replacement, frozenset[int]]]:
         """Each module to replace, and the groups that make it necessary."""
         by_frame: dict[Frame, list[Override]] = {}
@@ -58,12 +71,12 @@ class GraphForms:
             if override.requirement.frame is not None:
                 by_frame.setdefault(override.requirement.frame, []).append(override)
         for frame, found in by_frame.items():
-            names, sizes = {}, {}
+            names, sizes = {}, self._sizes(frame.module)
             for override in found:
                 if override.attribute is not None:
                     names[override.requirement.call, override.requirement.path] = override.attribute.name
                     sizes[override.attribute.name] = override.attribute.value
-            program = _Writer(self._model, self._state, frame, names, solution.attributes).program()
+            program = self._writer(frame, names, solution.attributes).program()
             yield (
                 Replacement(frame.module, replace(program, sizes=sizes)),
                 frozenset().union(*(o.groups for o in found)),
@@ -75,10 +88,39 @@ class GraphForms:
         if self._state.tape.frames.get(frame.module) != [frame]:
             return "it is called more than once"
         try:
-            _Writer(self._model, self._state, frame).program()
+            self._writer(frame).program()
         except NotExpressible as reason:
             return str(reason)
         return None
+
+    def _writer(self, frame: Frame, overrides: Overrides | None = None, varying: Collection[Attribute] = ()) -> _Writer:
+        return _Writer(self._names, self._state, frame, self._escapes.get(frame, ()), overrides or {}, varying)
+
+
+class _Names:
+    """The names in a model, in an order in which those inside one module are found at once."""
+
+    def __init__(self, model: nn.Module, tape: Tape) -> None:
+        self.modules = {name for name, _ in model.named_modules()}
+        values: dict[str, list[int]] = {}
+        for number, value in enumerate(tape.values):
+            if value.leaf is not None and value.leaf.kind in ("parameter", "buffer"):
+                values.setdefault(value.leaf.name, []).append(number)
+        first: dict[int, str] = {}  # the name under which a tied tensor was recorded
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        named = [(name, values.get(first.setdefault(id(tensor), name), ())) for name, tensor in tensors]
+        self._sorted = sorted((name, place, numbers) for place, (name, numbers) in enumerate(named))
+
+    def inside(self, module: str) -> dict[int, str]:
+        """Recorded value -> its name relative to the module, for the module's own parameters and buffers."""
+        prefix = f"{module}." if module else ""
+        start, stop = (bisect_left(self._sorted, (bound,)) for bound in (prefix, f"{module}/"))  # "/" comes after "."
+        entries = self._sorted[start:stop] if module else self._sorted
+        found: dict[int, str] = {}
+        for name, _, numbers in sorted(entries, key=lambda entry: entry[1]):
+            for number in numbers:
+                found.setdefault(number, name.removeprefix(prefix))
+        return dict(sorted(found.items()))
 
 
 class _Writer:
@@ -86,17 +128,17 @@ class _Writer:
 
     def __init__(
         self,
-        model: nn.Module,
+        names: _Names,
         state: State,
         frame: Frame,
-        overrides: Overrides | None = None,
-        varying: Collection[Attribute] = (),
+        escapes: Sequence[Escape],
+        overrides: Overrides,
+        varying: Collection[Attribute],
     ) -> None:
-        self._state, self._tape, self._frame, self._overrides = state, state.tape, frame, overrides or {}
+        self._state, self._frame, self._escapes, self._overrides = state, frame, escapes, overrides
         self._varying = varying
         self._prefix = f"{frame.module}." if frame.module else ""
-        self._leaves = _names_inside(model, state.tape, frame.module)
-        self._modules = {name for name, _ in model.named_modules()}
+        self._leaves, self._modules = names.inside(frame.module), names.modules
         self._values: dict[int, int] = {}  # recorded value -> its place in the program
         self._numbers: dict[Expression, int] = {}  # integers that came as arguments
         self._places = 0
@@ -108,12 +150,7 @@ class _Writer:
         kwargs = self._pattern(dict(self._frame.kwargs))
         steps = [step for event in self._frame.events for step in self._steps(event)]
         output = self._tree(self._frame.output)
-        guards = [
-            guard
-            for escape in self._tape.escaped.entries
-            if escape.frame is self._frame
-            for guard in self._guards(escape)
-        ]
+        guards = [guard for escape in self._escapes for guard in self._guards(escape)]
         return Program(args, kwargs, tuple(steps), tuple(_distinct(guards)), output, {})
 
     # -- what the frame gets and gives -------------------------------------------------------------------------------
@@ -163,7 +200,7 @@ class _Writer:
         """The scale of the unpruned attention: by default it would follow the size of a head."""
         if call.kwargs.get("scale") is None:
             query = call.args[0] if call.args else call.kwargs["query"]
-            scale = self._tape.values[query.value].shape[-1] ** -0.5
+            scale = self._state.tape.values[query.value].shape[-1] ** -0.5
             kwargs[1:] = [*(pair for pair in kwargs[1:] if pair[0] != "scale"), ["scale", scale]]
 
     def _answer(self, call: Call) -> list[Step]:
@@ -272,7 +309,7 @@ class _Writer:
 
 
 def _distinct(guards: list[Guard]) -> list[Guard]:
-    return [guard for number, guard in enumerate(guards) if guard not in guards[:number]]
+    return list({repr(guard): guard for guard in guards}.values())  # a tree holds lists, which no set takes
 
 
 def _follow_mode(args: list[Any], kwargs: list[Any]) -> None:
@@ -281,20 +318,6 @@ def _follow_mode(args: list[Any], kwargs: list[Any]) -> None:
         args[3] = ["training"]
     else:
         kwargs[1:] = [pair for pair in kwargs[1:] if pair[0] != "training"] + [["training", ["training"]]]
-
-
-def _names_inside(model: nn.Module, tape: Tape, module: str) -> dict[int, str]:
-    """Recorded value -> its name relative to the module, for the module's own parameters and buffers."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first: dict[int, str] = {}
-    inside: dict[str, str] = {}
-    prefix = f"{module}." if module else ""
-    for name, tensor in tensors:
-        first.setdefault(id(tensor), name)
-        if name.startswith(prefix):
-            inside.setdefault(first[id(tensor)], name.removeprefix(prefix))
-    leaves = ((number, value.leaf) for number, value in enumerate(tape.values))
-    return {number: inside[leaf.name] for number, leaf in leaves if leaf is not None and leaf.name in inside}
 
 
 def _has_refs(tree: Any) -> bool:

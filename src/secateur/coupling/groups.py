@@ -15,14 +15,15 @@ from torch import nn
 
 from secateur.attention import replaceable
 from secateur.coupling.graphforms import GraphForms
+from secateur.coupling.labels import Ids
 from secateur.coupling.propagation import Base, propagate
-from secateur.coupling.recording import record
+from secateur.coupling.recording import WritesToSharedMemory, record
 from secateur.coupling.requirements import Classes, Form, Solution, count, solve
-from secateur.coupling.rules.state import State
+from secateur.coupling.rules.state import State, Work
 from secateur.coupling.sizes import Attribute
 from secateur.coupling.tape import Tape
 from secateur.errors import ExampleInputsError, InputError, SecateurError, UnknownNameError
-from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating, private_copy
+from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating, private_copy, sharing_copy
 from secateur.plans import Replacement, replaced, tensor_shapes
 
 IGNORED = "ignored by the caller"
@@ -203,21 +204,30 @@ def trace(
     check_devices(model, inputs)
     ignored = _ignored_modules(model, ignore)
     attentions = [Replacement(name, None) for name, module in model.named_modules() if replaceable(module)]
-    private = replaced(private_copy(model), attentions)
-    with evaluating(private):
-        tape = _record(private, inputs.map(torch.clone))
+    private, tape = _recorded(model, attentions, inputs)
     state, base, unknown = propagate(tape, open_norms=prune_residual)
     for (tensor, dim), ids in base.items():
         if tensor.rpartition(".")[0] in ignored and state.roles.get((tensor, dim)) != "input":
             state.algebra.atoms.lock(ids, IGNORED)
     forms = GraphForms(private, state, whole=form == "graph")
-    solution = solve(state, base, forms.obstacle)
+    solution = solve(state, base, forms)
     return _assemble(model, state, base, solution, unknown, attentions, forms)
 
 
-def _record(model: nn.Module, inputs: Inputs) -> Tape:
+def _recorded(model: nn.Module, attentions: list[Replacement], inputs: Inputs) -> tuple[nn.Module, Tape]:
+    """A private copy of `model`, and the tape of its forward. It has parameters of its own only if forward writes."""
     try:
-        return record(model, inputs)
+        private = replaced(sharing_copy(model), attentions)
+        return private, _record(private, inputs, model)
+    except WritesToSharedMemory:
+        private = replaced(private_copy(model), attentions)
+        return private, _record(private, inputs, model)
+
+
+def _record(private: nn.Module, inputs: Inputs, model: nn.Module) -> Tape:
+    try:
+        with evaluating(private):
+            return record(private, inputs.map(torch.clone), shared=model.parameters())
     except SecateurError:
         raise
     except Exception as error:
@@ -239,8 +249,15 @@ def _ignored_modules(model: nn.Module, ignore: Iterable[str | nn.Module]) -> set
             roots = [name for name, module in names.items() if module is entry]
         if not roots:
             raise InputError(f"ignore={entry!r} matches no module of the model.")
-        found.update(name for name in names for root in roots if name == root or name.startswith(f"{root}."))
-    return found
+        found.update(roots)
+    return {name for name in names if "" in found or not found.isdisjoint(_ancestors(name))}
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The module itself and those that hold it, the outermost excepted."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _assemble(
@@ -296,7 +313,7 @@ def _assemble(
             if role == "output"
         ),
         attributes={attribute: renumbered(form) for attribute, form in solution.attributes.items()},
-        macs=tuple(product(work.constant, [(ids, len(ids)) for ids in work.lengths]) for work in state.work),
+        macs=tuple(product(work.constant, _live_dims(state, work)) for work in state.work),
         params=tuple(
             product(1, [(base.get((name, dim)), size) for dim, size in enumerate(shapes[name])]) for name in parameters
         ),
@@ -304,6 +321,13 @@ def _assemble(
         norms=tuple(_norm_slots(state, classes, position)),
         open_norms=state.open_norms,
     )
+
+
+def _live_dims(state: State, work: Work) -> Iterator[tuple[Ids | None, int]]:
+    """The atoms along each dimension that some op works through; None for a dimension that nothing decides over."""
+    for labels, dim in work.dims:
+        factors = state.algebra.simplify(labels).only(dim).factors
+        yield (factors[0].ids if len(factors) == 1 else None), labels.shape[dim]
 
 
 def _touches(group: Group, module: str) -> bool:

@@ -50,7 +50,7 @@ class Atoms:
         roots = self._parent[ids]
         while True:
             higher = self._parent[roots]
-            if np.array_equal(higher, roots):
+            if (higher == roots).all():
                 break
             roots = higher
         self._parent[ids] = roots
@@ -91,9 +91,13 @@ class Atoms:
         """Whether each atom's class is locked."""
         return np.asarray(self._lock[self.find(ids)] >= 0)
 
+    def reason_numbers(self, ids: Ids) -> Ids:
+        """Per atom the place in `reasons` of why its class is locked, or -1."""
+        return self._lock[self.find(ids)]
+
     def reason(self, atom: int) -> str | None:
         """Why the atom's class is locked, or None."""
-        number = int(self._lock[self.find(np.array([atom]))[0]])
+        number = int(self.reason_numbers(np.array([atom]))[0])
         return None if number < 0 else self.reasons[number]
 
 
@@ -319,10 +323,11 @@ class Algebra:
         parts = [self.simplify(part) for part in parts if part.shape != (0,)]
         parts = [self._one_factor(part, dim, why) for part in parts]
         rank = len(parts[0].shape)
-        spans = {span for part in parts for span in (f.span for f in part.factors if f.spans(dim)) if len(span) > 1}
-        if spans:
-            others = [d for span in spans for d in span if d != dim]
-            parts = [self.collapse(part, others, why) for part in parts]
+        spans = [next((f.span for f in part.factors if f.spans(dim)), None) for part in parts]
+        joint = sorted({d for span in spans for d in span or () if d != dim})
+        if joint and len(set(spans)) > 1:  # decided together with other dimensions in some parts: the outermost stays
+            parts = [self.collapse(part, joint if dim < joint[0] else [dim], why) for part in parts]
+            joint = []
         rest = [
             Labels(
                 tuple(1 if d == dim else size for d, size in enumerate(part.shape)),
@@ -336,8 +341,8 @@ class Algebra:
         if any(along):
             pieces = []
             for part, factor in zip(parts, along, strict=True):
-                full = [part.shape[dim] if d == dim else 1 for d in range(rank)]
-                pieces.append(np.zeros(full, np.int64) if factor is None else factor.ids)
+                full = [part.shape[d] if d == dim or d in joint else 1 for d in range(rank)]
+                pieces.append(np.zeros(full, np.int64) if factor is None else np.broadcast_to(factor.ids, full))
             factors.append(Factor(np.concatenate(pieces, axis=dim), all(f.zero for f in along if f is not None)))
         total = sum(part.shape[dim] for part in parts)
         shape = tuple(total if d == dim else size for d, size in enumerate(parts[0].shape))

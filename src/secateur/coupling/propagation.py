@@ -23,9 +23,33 @@ Base = dict[tuple[str, int], Ids]
 _OPAQUE_CALLS = ("multi_head_attention_forward",)
 
 
-def propagate(tape: Tape, *, open_norms: bool = False) -> tuple[State, Base, Counter[str]]:
-    """The state after the whole tape, the atoms of every (leaf, dim), and the ops that had no rule."""
-    state = State(tape, Algebra(), [Labels(value.shape) for value in tape.values], open_norms=open_norms)
+Propagated = tuple[State, Base, Counter[str]]
+
+
+def propagate(tape: Tape, *, open_norms: bool = False) -> Propagated:
+    """The state after the whole tape, the atoms of every (leaf, dim), and the ops that had no rule.
+
+    A grouped convolution goes by whole groups or by position within them, whichever is finer. Where nothing is left of
+    that choice in the end, because the rest of the network goes the other way, the other is tried.
+    """
+    first = _propagated(tape, open_norms, frozenset())
+    state = first[0]
+    spent = frozenset(value for value, ids in state.grouped.items() if state.algebra.atoms.locked(ids).all())
+    if not spent:
+        return first
+    second = _propagated(tape, open_norms, spent)
+    return second if _free(second) > _free(first) else first
+
+
+def _free(propagated: Propagated) -> int:
+    """The positions along dimensions of parameters that can go."""
+    state, base, _ = propagated
+    return sum(int((~state.algebra.atoms.locked(ids)).sum()) for ids in base.values())
+
+
+def _propagated(tape: Tape, open_norms: bool, flipped: frozenset[int]) -> Propagated:
+    labels = [Labels(value.shape) for value in tape.values]
+    state = State(tape, Algebra(), labels, open_norms=open_norms, flipped=flipped)
     base = _label_leaves(state, {ref for node in tape.nodes for ref in node.refs()} | set(tape.outputs))
     unknown: Counter[str] = Counter()
     needed = _needed(tape)
@@ -83,7 +107,7 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
     if not refs and rule_for(node) is None:
         return  # a new tensor: its size is checked by its traced integers
     for ref in refs:
-        if _is_stale(state.tape, ref, number):
+        if _is_stale(state, ref, number):
             _fix(state, ref, "reads memory that was written through another view")
     written = node.args[0] if node.op._schema.is_mutable and node.outputs and node.args else None
     old = state.labels[written.value] if isinstance(written, Ref) else None
@@ -102,16 +126,16 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
         if output is not None and labels is not None:
             state.labels[output] = state.algebra.simplify(labels)
     if old is not None and _same_labels(state, old, state.labels[node.outputs[0]]):
-        for value in state.tape.values:  # what was written has the labels of what was there: other views stay right
-            value.stale_after = None if value.stale_after == number else value.stale_after
+        for value in state.tape.overwritten.get(number, ()):  # it has the labels of what was there: views stay right
+            state.tape.values[value].stale_after = None
     for ref in refs:
-        if state.tape.values[ref].stale_after == number:
+        if state.tape.values[ref].stale_after == number and ref not in state.right:
             _fix(state, ref, "written through another view")
 
 
-def _is_stale(tape: Tape, value: int, node: int) -> bool:
-    after = tape.values[value].stale_after
-    return after is not None and after < node
+def _is_stale(state: State, value: int, node: int) -> bool:
+    after = state.tape.values[value].stale_after
+    return after is not None and after < node and value not in state.right
 
 
 def _same_labels(state: State, old: Labels, new: Labels) -> bool:
@@ -147,9 +171,10 @@ def _tie_remaining(state: State) -> None:
 
 
 def _lock_unowned(state: State, base: Base) -> None:
-    """New tensors made in forward that meet no parameter keep their size."""
+    """What no layer makes or reads keeps its size: new tensors, and positions of a table that were not needed."""
     atoms = state.algebra.atoms
-    owned = np.unique(atoms.find(np.concatenate([np.zeros(0, np.int64), *base.values()])))
+    used = [ids for key, ids in base.items() if state.roles.get(key) in ("output", "input")]
+    owned = np.unique(atoms.find(np.concatenate([np.zeros(0, np.int64), *used])))
     everything = np.unique(atoms.find(atoms.all()))
     atoms.lock(np.setdiff1d(everything, owned), SILENT)
 
@@ -168,7 +193,8 @@ def _pin_unexplained(state: State) -> None:
             state.requirements.append(Requirement(number.expression, value, place, value, call, path, call.frame))
     for escape in state.tape.escaped.entries:
         if escape.binds:
-            place = "its size is used as a number in forward"
+            inside = f" in {escape.frame.module!r}" if escape.frame and escape.frame.module else ""
+            place = f"its size is used as a number in forward{inside} ({escape.where})"
             state.requirements.append(
                 Requirement(escape.expression, escape.value, place, escape.value, frame=escape.frame, escapes=True)
             )

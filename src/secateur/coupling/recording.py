@@ -11,7 +11,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -33,7 +33,8 @@ from secateur.inputs import Inputs
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _OWN_FOLDER = str(Path(__file__).parent.parent) + os.sep
 _EXPORTS = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__)
-_LENGTHS = (torch.Tensor.__len__, torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
+_OPEN_MEMORY = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.data_ptr)
+_COUNTS = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]  # a getset descriptor
 
 # Recorded as one op, although the framework may take it apart: the default scale of attention comes from the size of a
@@ -44,9 +45,17 @@ _ATOMIC: dict[Callable[..., Any], torch._ops.OpOverload] = {
 }
 
 
-def record(model: nn.Module, inputs: Inputs) -> Tape:
-    """Run `model` once on `inputs` and return the tape. The model must be a private copy: its ints get traced."""
-    recorder = _Recorder(model, inputs)
+class WritesToSharedMemory(BaseException):
+    """The forward is about to write to memory that the copy shares. (No code under way may take it for an error.)"""
+
+
+def record(model: nn.Module, inputs: Inputs, shared: Iterable[Tensor] = ()) -> Tape:
+    """Run `model` once on `inputs` and return the tape. The model must be a private copy: its ints get traced.
+
+    `shared`: tensors that have their memory in common with the caller's; raises WritesToSharedMemory before that
+    memory is written to.
+    """
+    recorder = _Recorder(model, inputs, shared)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -54,6 +63,8 @@ def record(model: nn.Module, inputs: Inputs) -> Tape:
             _trace_attributes(model, recorder.tape.escaped)
             with _Calls(recorder), _Ops(recorder):
                 output = inputs.call(model)
+        if recorder.refused:  # the model's code went on all the same
+            raise WritesToSharedMemory
         recorder.tape.outputs = [recorder.ref(leaf).value for leaf in output_tensors(output)]
         if not recorder.tape.outputs:
             raise ModelError(
@@ -93,14 +104,17 @@ def _output_tensors(output: Any, seen: set[int], *, outermost: bool = False) -> 
 class _Recorder:
     """State shared by the two modes while a pass is recorded."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, shared: Iterable[Tensor]) -> None:
         self.tape = Tape()
+        self.tape.escaped.where = _where
         self.frames: list[Frame] = [Frame("")]  # the module calls under way; the first stands for code outside
         self.call: Call | None = None
         self.atomic = False  # inside a call that is recorded as one op
         self._numbers: dict[int, int] = {}  # id of a tensor -> its value; `_alive` keeps ids from being reused
         self._alive: list[Tensor] = []
         self._memory: dict[int, list[int]] = {}  # storage -> values that look into it
+        self._protected = {t.untyped_storage()._cdata for t in shared if t.layout == torch.strided}
+        self.refused = False
         for name, parameter in model.named_parameters():
             self._add(parameter, Leaf("parameter", name))
         for name, buffer in model.named_buffers():
@@ -157,11 +171,24 @@ class _Recorder:
     def _overwrite(self, tensor: Tensor) -> None:
         if tensor.layout != torch.strided:
             return
-        target = self.known(tensor)
-        for number in self._memory.get(tensor.untyped_storage()._cdata, []):
+        target, node = self.known(tensor), len(self.tape.nodes) - 1
+        storage = tensor.untyped_storage()._cdata
+        for number in self._memory.get(storage, []):
             value = self.tape.values[number]
             if number != target and value.stale_after is None and overlaps(self._alive[number], tensor):
-                value.stale_after = len(self.tape.nodes) - 1
+                value.stale_after = node
+                self.tape.overwritten.setdefault(node, []).append(number)
+        if node in self.tape.overwritten:  # what is stale need not be looked at again, but for what has a name
+            values, numbers = self.tape.values, self._memory[storage]
+            self._memory[storage] = [n for n in numbers if values[n].leaf is not None or values[n].stale_after is None]
+
+    def protect(self, written: Sequence[Any]) -> None:
+        """Raise WritesToSharedMemory before the caller's own parameters are written to."""
+        for tensor in written if self._protected else ():
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                if tensor.untyped_storage()._cdata in self._protected:
+                    self.refused = True
+                    raise WritesToSharedMemory
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
@@ -200,13 +227,10 @@ class _Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base is u
         if self._recorder.atomic:
             return op(*args, **kwargs)
         node = self._recorder.add_node(op, args, kwargs)
-        written = []
-        if op._schema.is_mutable:
-            given = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)} | kwargs
-            for argument in op._schema.arguments:
-                value = given.get(argument.name)
-                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
-                    written.append(value)
+        written = _written(op, args, kwargs)
+        self._recorder.protect(written)
+        if "batch_norm" in node.name:
+            self._recorder.protect(args[3:5])  # running statistics, which some of these ops write without saying so
         result = op(*args, **kwargs)
         self._recorder.add_outputs(node, written, result)
         return result
@@ -227,8 +251,12 @@ class _Calls(TorchFunctionMode):
             return self._sizes(function(*args, **kwargs), args[0], args, kwargs)
         if function in _EXPORTS and (number := self._recorder.known(args[0])) is not None:
             self._recorder.tape.exported.append(number)
-        if function in _LENGTHS:
-            return self._length(function(*args, **kwargs), args[0], first_only=function is torch.Tensor.__len__)
+        if function in _OPEN_MEMORY:
+            self._recorder.protect(args[:1])
+        if function is torch.Tensor.__len__:
+            return self._length(args[0])
+        if function in _COUNTS:
+            return self._sizes(torch.Tensor.size(args[0]), args[0], (), {}).numel()
         recorder, outer = self._recorder, self._recorder.call
         known_args, known_kwargs = map_tensors(recorder.ref, (tuple(args), dict(kwargs)))
         name = getattr(function, "__name__", str(function))
@@ -263,13 +291,22 @@ class _Calls(TorchFunctionMode):
             return TracedInt(result, Size(number, dim % tensor.dim()), escaped)
         return TracedSize([TracedInt(size, Size(number, dim), escaped) for dim, size in enumerate(result)])
 
-    def _length(self, result: int, tensor: Tensor, *, first_only: bool) -> int:
-        """`len(x)` and `x.numel()`: plain numbers, so the sizes in them must keep their values."""
+    def _length(self, tensor: Tensor) -> int:
+        """`len(x)` is a plain number, so the size must keep its value."""
+        length = int(tensor.shape[0]) if tensor.dim() else 0
         number = self._recorder.ref(tensor).value
         self._recorder.tape.sized.add(number)
-        for dim in range(1 if first_only else tensor.dim()):
-            self._recorder.tape.escaped.add(Size(number, dim), tensor.shape[dim])
-        return result
+        self._recorder.tape.escaped.add(Size(number, 0), length)
+        return length
+
+
+def _written(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an op writes to, as its schema says."""
+    if not op._schema.is_mutable:
+        return []
+    given = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)} | dict(kwargs)
+    marked = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [tensor for tensor in tree_leaves([given.get(name) for name in marked]) if isinstance(tensor, Tensor)]
 
 
 def _where() -> str:

@@ -10,21 +10,31 @@ form can express locks the groups involved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from secateur.coupling.labels import SILENT, Ids, Labels
+from secateur.coupling.labels import FIXED, SILENT, Ids, Labels
 from secateur.coupling.propagation import Base
-from secateur.coupling.rules.state import Extent, Requirement, State
+from secateur.coupling.rules.state import Extent, Path, Requirement, State
 from secateur.coupling.sizes import Arithmetic, Attribute, Expression, Size, mentioned
-from secateur.coupling.tape import Frame
+from secateur.coupling.tape import Call, Frame
 
-Obstacle = Callable[[Frame], str | None]  # what keeps a module call from being replaced by its graph form
+
+class Forms(Protocol):
+    """What the solver must know of graph forms."""
+
+    def obstacle(self, frame: Frame) -> str | None:
+        """What keeps the module of this call from being replaced, or None."""
+
+    def sizes(self, module: str) -> int:
+        """How many size attributes the module has already, from an earlier pruning."""
+
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Form:
 
     def renamed(self, leader: Mapping[int, int]) -> Form:
         """The same form with every group replaced by the leader of its balance."""
+        if leader.keys().isdisjoint(self.terms):
+            return self
         total = Form(self.constant)
         for group, coefficient in self.terms.items():
             total = total + Form(terms={leader.get(group, group): coefficient})
@@ -102,13 +114,13 @@ class Solution:
     overrides: list[Override]
 
 
-def solve(state: State, base: Base, obstacle: Obstacle) -> Solution:
+def solve(state: State, base: Base, forms: Forms) -> Solution:
     """Sort atoms into groups and satisfy every requirement, locking what cannot be satisfied."""
     requirements = [r for r in dict.fromkeys(state.requirements) if _may_vary(state, r)]
     extents = _extents(state, requirements)
     while True:
         classes = classify(state, base, extents)
-        outcome = _satisfy(state, classes, requirements, obstacle)
+        outcome = _satisfy(state, classes, requirements, forms)
         if isinstance(outcome, Solution):
             return outcome
         for group, why in outcome.items():
@@ -119,12 +131,12 @@ def count(state: State, classes: Classes, ids: Ids | None, size: int) -> Form:
     """The live positions among `ids` (None: all `size` of them are fixed)."""
     if ids is None:
         return Form(Fraction(size))
-    groups = classes.of_root[state.algebra.atoms.find(ids)]
-    total = Form(Fraction(int((groups < 0).sum())))
-    for group, number in zip(*np.unique(groups[groups >= 0], return_counts=True), strict=True):
-        share = Fraction(int(number), len(classes.members[int(group)]))
-        total = total + Form(terms={int(group): share})
-    return total
+    roots = state.algebra.atoms.find(ids)
+    inside = roots < len(classes.of_root)  # others belong to no parameter
+    groups = np.where(inside, classes.of_root[np.where(inside, roots, 0)], -1)
+    found, counts = (entries.tolist() for entries in np.unique(groups, return_counts=True))
+    shares = {g: Fraction(n, len(classes.members[g])) for g, n in zip(found, counts, strict=True) if g >= 0}
+    return Form(Fraction(counts[0] if found[:1] == [-1] else 0), shares)
 
 
 def classify(state: State, base: Base, extents: Iterable[Ids]) -> Classes:
@@ -132,18 +144,19 @@ def classify(state: State, base: Base, extents: Iterable[Ids]) -> Classes:
     atoms = state.algebra.atoms
     columns = [atoms.find(ids) for ids in [*base.values(), *extents]]
     roots = np.concatenate([*columns, np.zeros(0, np.int64)])
-    column = np.concatenate([np.full(len(c), number) for number, c in enumerate(columns)] + [np.zeros(0, np.int64)])
-    order = np.lexsort((column, roots))
+    column = np.repeat(np.arange(len(columns)), [len(c) for c in columns])
+    order = np.argsort(roots, kind="stable")  # so that the columns of a root stay ascending
     roots, column = roots[order], column[order]
     starts = np.flatnonzero(np.diff(roots, prepend=-1))
-    signatures: dict[tuple[bytes, str | None], list[int]] = {}
-    for start, stop in pairwise([*starts, len(roots)]):
-        root = int(roots[start])
-        reason = atoms.reason(root)
-        if root and reason != SILENT:
-            signatures.setdefault((column[start:stop].tobytes(), reason), []).append(root)
+    found = zip(roots[starts].tolist(), atoms.reason_numbers(roots[starts]).tolist(), strict=True)
+    bounds = pairwise((np.append(starts, len(roots)) * column.itemsize).tolist())
+    entries, silent = column.tobytes(), atoms.reasons.index(SILENT)
+    signatures: dict[tuple[bytes, int], list[int]] = {}
+    for (root, reason), (start, stop) in zip(found, bounds, strict=True):
+        if root != FIXED and reason != silent:
+            signatures.setdefault((entries[start:stop], reason), []).append(root)
     members = [np.array(group) for group in signatures.values()]
-    locked = [reason for _, reason in signatures]
+    locked = [None if reason < 0 else atoms.reasons[reason] for _, reason in signatures]
     of_root = np.full(int(roots.max(initial=0)) + 1, -1, np.int64)
     for number, group in enumerate(members):
         if locked[number] is None:
@@ -191,12 +204,15 @@ def _may_vary(state: State, requirement: Requirement) -> bool:
 
 
 def _satisfy(
-    state: State, classes: Classes, requirements: list[Requirement], obstacle: Obstacle
+    state: State, classes: Classes, requirements: list[Requirement], forms: Forms
 ) -> Solution | dict[int, str]:
     """All requirements met, or the groups to lock, with the reasons."""
-    scope = Scope(state, classes, obstacle)
+    at: dict[tuple[Call | None, Path | None], list[Requirement]] = {}
+    for requirement in requirements:
+        at.setdefault((requirement.call, requirement.path), []).append(requirement)
+    scope = Scope(state, classes, forms, at)
     settled = False
-    while not settled:
+    while not settled and not scope.blamed:
         settled = True
         for requirement in requirements:
             if scope.is_overridden(requirement):
@@ -210,18 +226,18 @@ def _satisfy(
             if solved is not None:
                 scope.attributes[solved[0]] = solved[1]
             elif pairs is not None:
-                _merge_all(scope.leader, pairs)
+                _merge_all(scope.leader, scope.followers, pairs)
             elif not scope.override(requirement):
-                return scope.blame(requirement)
+                scope.blame(requirement)
             settled = False
-    for requirement in requirements:
+    for requirement in () if scope.blamed else requirements:
         if not scope.is_overridden(requirement):
             whole = scope.evaluate(requirement.expression, exactly=True) is not None
         else:
             whole = scope.target(requirement).is_whole
         if not whole and not (scope.override(requirement) and scope.target(requirement).is_whole):
-            return scope.blame(requirement)
-    return scope.solution()
+            scope.blame(requirement)
+    return scope.blamed or scope.solution()
 
 
 @dataclass(frozen=True)
@@ -230,9 +246,12 @@ class Scope:
 
     state: State
     classes: Classes
-    obstacle: Obstacle
+    forms: Forms
+    at: Mapping[tuple[Call | None, Path | None], list[Requirement]]  # requirements by the argument they are about
     attributes: dict[Attribute, Form] = field(default_factory=dict)  # solved so far
     leader: dict[int, int] = field(default_factory=dict)  # group -> the first group of its balance
+    followers: dict[int, list[int]] = field(default_factory=dict)  # the first group of a balance -> the others
+    blamed: dict[int, str] = field(default_factory=dict)  # groups to lock, with the reasons
     overrides: dict[Requirement, Attribute | None] = field(default_factory=dict)
     replaced: dict[str, int] = field(default_factory=dict)  # module -> size attributes of its graph form so far
     sizes: dict[Extent, Form] = field(default_factory=dict)
@@ -263,16 +282,17 @@ class Scope:
         frame, escapes = requirement.frame, requirement.path is None and requirement.escapes
         if frame is None or requirement in self.overrides or not (escapes or requirement.path is not None):
             return False
-        here = requirement.call, requirement.path
-        if not escapes and any((other.call, other.path) == here for other in self.overrides):
+        same = [requirement] if escapes else self.at[requirement.call, requirement.path]
+        targets = [self.target(other) for other in same]
+        if any(not (target - targets[0]).is_zero for target in targets):
             return False  # one number cannot follow two lengths
-        if self.obstacle(frame) is not None:
+        if self.forms.obstacle(frame) is not None:
             return False
-        number = self.replaced.setdefault(frame.module, 0)
-        self.overrides[requirement] = None
+        number, attribute = self.replaced.setdefault(frame.module, self.forms.sizes(frame.module)), None
         if not escapes:
             self.replaced[frame.module] += 1
-            self.overrides[requirement] = Attribute(frame.module, f"size_{number}", None, requirement.value)
+            attribute = Attribute(frame.module, f"size_{number}", None, requirement.value)
+        self.overrides.update(dict.fromkeys(same, attribute))
         return True
 
     def solution(self) -> Solution:
@@ -329,14 +349,24 @@ class Scope:
         if not groups:
             forms = [self.evaluate(leaf) for leaf in mentioned(requirement.expression)]
             groups = {group for form in forms if form is not None for group in form.terms}
-        return groups | {group for group, first in self.leader.items() if first in groups}
+        return groups.union(*(self.followers.get(group, ()) for group in groups))
 
-    def blame(self, requirement: Requirement) -> dict[int, str]:
-        """The groups to lock for a requirement that cannot be met, with the reason."""
-        unlocked = {group for group, reason in enumerate(self.classes.locked) if reason is None}
+    def blame(self, requirement: Requirement) -> None:
+        """Note the groups to lock for a requirement that cannot be met, with the reason.
+
+        Where it has to do with groups that are blamed already, that waits: with those locked it may be met.
+        """
+        same = [requirement] if requirement.path is None else self.at[requirement.call, requirement.path]
+        if self.blamed and any(not self.blamed.keys().isdisjoint(self._suspects(other)) for other in same):
+            return
         frame = requirement.frame
-        obstacle = None if frame is None else self.obstacle(frame)
-        return dict.fromkeys(self.involved(requirement) or unlocked, _why(requirement, obstacle))
+        obstacle = None if frame is None else self.forms.obstacle(frame)
+        self.blamed.update(dict.fromkeys(self._suspects(requirement), _why(requirement, obstacle)))
+
+    def _suspects(self, requirement: Requirement) -> set[int]:
+        """The groups involved; where none can be named, all that are not locked."""
+        everything = range(len(self.classes.locked))
+        return self.involved(requirement) or {group for group in everything if self.classes.locked[group] is None}
 
 
 def _compute(operation: str, left: Form, right: Form) -> Form | None:
@@ -383,16 +413,15 @@ def _balance(classes: Classes, difference: Form) -> list[tuple[int, int]] | None
     return [(gain[2], loss[2]) for gain, loss in zip(gains, losses, strict=True)]
 
 
-def _merge_all(leader: dict[int, int], pairs: Iterable[tuple[int, int]]) -> None:
+def _merge_all(leader: dict[int, int], followers: dict[int, list[int]], pairs: Iterable[tuple[int, int]]) -> None:
     """Unite balances; every group points to the first of its own."""
     for a, b in pairs:
         first, second = sorted((leader.get(a, a), leader.get(b, b)))
         if first == second:
             continue
-        for group, old in list(leader.items()):
-            if old == second:
-                leader[group] = first
-        leader[second] = first
+        joining = [second, *followers.pop(second, ())]
+        followers.setdefault(first, []).extend(joining)
+        leader.update(dict.fromkeys(joining, first))
 
 
 def _balances(leader: Mapping[int, int]) -> list[tuple[int, ...]]:

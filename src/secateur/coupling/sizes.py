@@ -11,6 +11,7 @@ call of a module in which it happened, because a module that is replaced by its 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Escape:
     expression: Expression
     value: int
     frame: Any
+    where: str  # file and line
     binds: bool  # whether the shrunk model must keep the value
     relation: str | None  # what a graph form must find again: the value ("keep"), or its relation to 0
 
@@ -65,11 +67,12 @@ class Escapes:
 
     entries: list[Escape] = field(default_factory=list)
     frame: Any = None
+    where: Callable[[], str] = str  # tells file and line of the code under way
 
     def add(self, expression: Expression, value: int, *, binds: bool = True, relation: str | None = "keep") -> None:
         """Note that the code under way used this number."""
         if not isinstance(expression, int):
-            self.entries.append(Escape(expression, value, self.frame, binds, relation))
+            self.entries.append(Escape(expression, value, self.frame, self.where(), binds, relation))
 
 
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -139,8 +142,15 @@ def _traced(name: str, *, reflected: bool) -> Callable[[TracedInt, Any], Any]:
 
 def _says_nothing(relation: str, left: TracedInt, right: int) -> bool:
     """Whether the comparison holds for every length: no dimension that shrinks ever reaches 0."""
-    literal = not isinstance(right, TracedInt) and isinstance(left.expression, (Attribute, Size)) and index(left) > 0
+    literal = not isinstance(right, TracedInt) and index(left) > 0 and _stays_positive(left.expression)
     return literal and (index(right) <= 0 or (relation == "lt" and index(right) == 1))
+
+
+def _stays_positive(expression: Expression) -> bool:
+    if isinstance(expression, Arithmetic):
+        grows = expression.operation in ("add", "mul")
+        return grows and _stays_positive(expression.left) and _stays_positive(expression.right)
+    return not isinstance(expression, int) or expression > 0
 
 
 def _comparing(name: str, relation: str) -> Callable[..., Any]:
@@ -195,11 +205,8 @@ class TracedSize(tuple[int, ...]):
         return TracedSize(entry) if isinstance(key, slice) else entry
 
     def numel(self) -> int:
-        """The product of the entries, which all escape."""
-        product = 1
-        for entry in self:
-            product *= entry.escape() if isinstance(entry, TracedInt) else entry
-        return product
+        """The product of the entries."""
+        return math.prod(self)
 
 
 def expression_of(value: SupportsIndex) -> Expression:

@@ -6,13 +6,13 @@ a module's graph form is written from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from secateur.coupling.sizes import Escapes
 
@@ -77,22 +77,35 @@ class Node:
     call: Call | None
     outputs: list[int] = field(default_factory=list)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """`aten.relu` for the in-place and out-of-place overloads alike; other libraries keep their namespace."""
         space, _, op = self.op._schema.name.partition("::")
         return f"{space}.{op.rstrip('_')}"
 
-    @property
+    @cached_property
     def place(self) -> str:
         """Where this op stands, for messages."""
         inside = f" in {self.module!r}" if self.module else ""
         return f"{self.name}{inside}" + (f" ({self.call.where})" if self.call and self.call.where else "")
 
-    def refs(self) -> list[int]:
+    @cached_property
+    def _refs(self) -> tuple[int, ...]:
+        return tuple(_values_in((*self.args, *self.kwargs.values())))
+
+    def refs(self) -> tuple[int, ...]:
         """Every value among the arguments."""
-        leaves = tree_leaves((list(self.args), dict(self.kwargs)), is_leaf=lambda x: isinstance(x, Ref))
-        return [leaf.value for leaf in leaves if isinstance(leaf, Ref)]
+        return self._refs
+
+
+def _values_in(entries: Iterable[Any]) -> Iterator[int]:
+    for entry in entries:
+        if isinstance(entry, Ref):
+            yield entry.value
+        elif isinstance(entry, (list, tuple)):
+            yield from _values_in(entry)
+        elif isinstance(entry, dict):
+            yield from _values_in(entry.values())
 
 
 @dataclass
@@ -103,9 +116,20 @@ class Tape:
     nodes: list[Node] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     exported: list[int] = field(default_factory=list)  # values that left torch, as NumPy arrays or lists
+    stale: dict[int, list[int]] = field(default_factory=dict)  # node that wrote -> values that it made stale
     sized: set[int] = field(default_factory=set)  # values whose lengths were read
+    overwritten: dict[int, list[int]] = field(default_factory=dict)  # node -> values that it made stale
     escaped: Escapes = field(default_factory=Escapes)
     frames: dict[str, list[Frame]] = field(default_factory=dict)  # module -> its calls, in order
+
+    @cached_property
+    def readers(self) -> dict[int, list[Node]]:
+        """Value -> the nodes that read it. To be asked for when the tape is complete."""
+        found: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.refs()):
+                found.setdefault(value, []).append(node)
+        return found
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:

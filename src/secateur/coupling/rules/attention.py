@@ -18,7 +18,8 @@ def attention(state: State, node: Node) -> list[Labels]:
     """softmax(Q Kᵀ · scale + mask) V over (..., heads, positions, size of a head).
 
     Q (..., H, S, D), K (..., G, T, D), V (..., G, T, E). Without an explicit scale, 1 / √D is computed from the size of
-    a head, which therefore stays, unless the graph form of the module writes the scale down. With `enable_gqa` each of the G key and value heads serves H / G query heads.
+    a head, which therefore stays, unless the graph form of the module writes the scale down. With `enable_gqa` each
+    of the G key and value heads serves H / G query heads.
     """
     algebra = state.algebra
     query, key, value = (

@@ -13,6 +13,7 @@ from secateur.coupling.rules.state import (
     NotCovered,
     Path,
     State,
+    argument,
     extra_extent,
     rule,
 )
@@ -107,7 +108,8 @@ def layer_norm(state: State, node: Node) -> list[Labels | None]:
     algebra, data = state.algebra, state.of(node.args[0])
     rank, count = len(data.shape), len(node.args[1])
     last = rank - 1
-    leaves = [state.of(leaf) for leaf in node.args[2:4] if isinstance(leaf, Ref)]
+    given = [argument(node, 2, "weight"), argument(node, 3, "bias")]
+    leaves = [state.of(leaf) for leaf in given if isinstance(leaf, Ref)]
     opened = count == 1 and data.covered(last) and open_norm(state, node, data, last)
     if opened:
         _require_normalised_shape(state, node, last)

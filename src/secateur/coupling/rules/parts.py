@@ -176,7 +176,7 @@ def stack(state: State, node: Node) -> list[Labels]:
 
 @rule("constant_pad_nd")
 def pad(state: State, node: Node) -> list[Labels]:
-    """Constant entries around: padded channels are fixed."""
+    """Constant entries around."""
     data, widths, value = state.of(node.args[0]), node.args[1], argument(node, 2, "value", 0)
     for number in range(0, len(widths), 2):
         dim = len(data.shape) - 1 - number // 2
@@ -185,12 +185,18 @@ def pad(state: State, node: Node) -> list[Labels]:
             data = state.algebra.lock_dim(data, dim, "cropped by fixed sizes")
             data = Labels(_resized(data.shape, dim, before + after), data.factors)
         elif before or after:
-            factors = []
-            for factor in data.factors:
-                around = [(before, after) if d == dim else (0, 0) for d in range(len(data.shape))]
-                factors.append(factor.on(np.pad(factor.ids, around)) if factor.spans(dim) else factor)
-            data = Labels(_resized(data.shape, dim, before + after), tuple(factors))
+            factors = tuple(_padded(state, f, dim, before, after) if f.spans(dim) else f for f in data.factors)
+            data = Labels(_resized(data.shape, dim, before + after), factors)
     return [data if value == 0 else data.with_zero(False)]
+
+
+def _padded(state: State, factor: Factor, dim: int, before: int, after: int) -> Factor:
+    """Padded channels are fixed; a padded position of every head goes with its head, if heads are what goes."""
+    new = np.zeros([1 if d == dim else size for d, size in enumerate(factor.ids.shape)], np.int64)
+    if len(factor.span) > 1:
+        new = state.algebra.atoms.new(new.size).reshape(new.shape)
+    parts = [new.repeat(before, axis=dim), factor.ids, new.repeat(after, axis=dim)]
+    return factor.on(np.concatenate(parts, axis=dim))
 
 
 def _resized(shape: tuple[int, ...], dim: int, by: int) -> tuple[int, ...]:

@@ -43,10 +43,13 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-accumulates of one op: a constant times the live lengths of some dimensions (atom ids)."""
+    """Multiply-accumulates of one op: a constant times the live lengths of some dimensions.
+
+    Which positions of a dimension live is only known when everything has been tied: hence the labels.
+    """
 
     constant: int
-    lengths: tuple[Ids, ...]
+    dims: tuple[tuple[Labels, int], ...]
 
 
 @dataclass
@@ -64,6 +67,9 @@ class State:
     work: list[Work] = field(default_factory=list)
     at_least_two: list[Ids] = field(default_factory=list)  # channels that must not become one
     zeros: dict[Any, bool | None] = field(default_factory=dict)  # answers of pointwise ops on zeros
+    right: set[int] = field(default_factory=set)  # values whose memory was written, with what has the same labels
+    flipped: frozenset[int] = frozenset()  # grouped convolutions (by value) that go the other way than by default
+    grouped: dict[int, Ids] = field(default_factory=dict)  # output value of each grouped convolution -> atoms that go
     open_norms: bool = False  # whether normalised widths may shrink, the norms then being over live channels
     norms: dict[str, tuple[int, Ids]] = field(default_factory=dict)  # name of a norm -> dim, atoms along it
     explained: set[int] = field(default_factory=set)  # calls (by id) whose traced integers a rule has accounted for

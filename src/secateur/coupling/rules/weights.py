@@ -68,7 +68,10 @@ def _grouped(
     spread = _channels_first(spread, groups)
     per_group = channels.shape[1]
     out_channels = state.shape(node)[1]
-    whole_groups = bool(channels.factors) and groups >= per_group
+    whole_groups = bool(channels.factors) and (groups >= per_group) != (node.outputs[0] in state.flipped)
+    state.grouped[node.outputs[0]] = np.concatenate(
+        [np.zeros(0, np.int64), *(f.ids.ravel() for f in (*channels.factors, *spread.factors))]
+    )
     if whole_groups:
         why = "the channels of one convolution group go together"
         inner = algebra.collapse(channels, [1], why)
@@ -127,14 +130,7 @@ def _conv_work(state: State, node: Node, weight: Labels, transposed: bool) -> No
 
 def add_work(state: State, constant: int, dims: Sequence[tuple[Labels, int]]) -> None:
     """Count `constant` times the live lengths of the given dimensions as multiply-accumulates."""
-    lengths = []
-    for labels, dim in dims:
-        vector = labels.only(dim).factors
-        if len(vector) == 1:
-            lengths.append(vector[0].ids)
-        else:
-            constant *= labels.shape[dim]
-    state.work.append(Work(constant, tuple(lengths)))
+    state.work.append(Work(constant, tuple(dims)))
 
 
 @rule("mm", "bmm")

@@ -1,0 +1,16 @@
+"""Laws over networks of sequences that hypothesis makes up: attention, recurrence, experts, everything in between."""
+
+from __future__ import annotations
+
+import pytest
+
+from drawn_laws import checked_nets
+from drawn_sequences import SEQUENCES
+
+NETS = 10  # per kind of block
+
+
+@pytest.mark.timeout(1200)  # simplifying a net that fails takes its time
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_every_law_holds_on_generated_nets(kind: str) -> None:
+    checked_nets(kind, NETS).assert_meaningful(kind)
