@@ -17,7 +17,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types contract slow results coupling clean
+.PHONY: help demo test check format lint types contract slow fuzz results coupling clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -44,6 +44,11 @@ contract: $(VENV)/.stamp-dev  ## Do imports point one way?
 
 slow: $(VENV)/.stamp-dev  ## The tests that take long (compilers, real training)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+NETS ?= 10000
+FIRST ?= 0
+fuzz: $(VENV)/.stamp-dev  ## Laws over 10,000 generated nets (NETS=...), in numbered portions of 50 (FIRST=... goes on from there)
+	SECATEUR_FUZZ_NETS=$(NETS) SECATEUR_FUZZ_FIRST=$(FIRST) $(BIN)/python -m pytest -v --dist=worksteal tests/test_fuzz.py $(ARGS)
 
 results: $(VENV)/.stamp-dev  ## Train and prune ResNet-20 on CIFAR-10, then write docs/results.md
 	$(BIN)/python benchmarks/cifar10_resnet20.py $(ARGS)

@@ -86,8 +86,10 @@ def _failure(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 def _libraries(options: argparse.Namespace) -> list[str]:
     """Torch-Pruning has no other form: it is asked once."""
-    alone = options.secateur_only or options.form != "live"
-    return [contenders.OURS] if alone else [contenders.OURS, contenders.PEER]
+    if options.form != "live":
+        return [contenders.OURS]
+    ours = [contenders.OURS, contenders.OPEN]
+    return ours if options.secateur_only else [*ours, contenders.PEER]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 Row = Mapping[str, Any]
-OURS, PEER = "secateur", "torch_pruning"
-TITLES = {OURS: "Secateur", PEER: "Torch-Pruning"}
+OURS, OPEN, PEER = "secateur", "secateur_open", "torch_pruning"
+TITLES = {OURS: "Secateur", OPEN: "Secateur, prune_residual", PEER: "Torch-Pruning"}
 OUTCOMES = ("correct", "wrong", "nothing removed", "undecided", "error", "timeout", "out of memory", "crashed")
 POINTS = 0.05  # how far our parameter ratio may lie above the peer's
 SHARE = 0.95  # of what the graph form removes, to be removed by the live form too
@@ -48,8 +48,8 @@ def full_tables(results: Mapping[str, Any]) -> str:
             "Parameters and MACs: what is left. Seconds: analysis and shrinking / the whole call.",
             "",
             *table(
-                ["model", "Secateur", "params", "MACs", "seconds", "Torch-Pruning", "params", "MACs", "seconds"],
-                [[row["model"], *_cells(row, OURS), *_cells(row, PEER)] for row in live],
+                ["model", *(cell for name in TITLES.values() for cell in (name, "params", "MACs", "seconds"))],
+                [[row["model"], *(cell for library in TITLES for cell in _cells(row, library))] for row in live],
             ),
             "",
             *_section("Not correct", ["model", "library", "outcome", "reason"], _failures(rows)),
@@ -61,9 +61,9 @@ def full_tables(results: Mapping[str, Any]) -> str:
 
 def line_of(row: Row) -> str:
     """One architecture in one line, for the terminal."""
-    parts = [f"{TITLES[library]}: {' '.join(_cells(row, library))}" for library in (OURS, PEER) if library in row]
+    parts = [f"{TITLES[library]}: {' '.join(_cells(row, library))}" for library in TITLES if library in row]
     reasons = [
-        f"\n    {TITLES[name]}: {row[name]['reason']}" for name in (OURS, PEER) if row.get(name, {}).get("reason")
+        f"\n    {TITLES[name]}: {row[name]['reason']}" for name in TITLES if row.get(name, {}).get("reason")
     ]
     return f"{row['model']} ({row['form']})  " + " | ".join(parts) + "".join(reasons)
 
@@ -90,7 +90,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _outcome_table(title: str, rows: Sequence[Row]) -> list[str]:
-    asked = [library for library in (OURS, PEER) if any(library in row for row in rows)]
+    asked = [library for library in TITLES if any(library in row for row in rows)]
     counts: dict[str, Callable[[Row], bool]] = {"forward pass runs": lambda found: found["ran"]}
     counts |= {outcome: lambda found, outcome=outcome: found["status"] == outcome for outcome in OUTCOMES}
     lines = [
@@ -130,16 +130,22 @@ def _speed_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _size_lines(rows: Sequence[Row]) -> list[str]:
-    right = [row for row in rows if row.get(PEER, {}).get("status") == "correct" and "params" in row.get(OURS, {})]
-    if not right:
+    """Parameters left where the peer is correct. The peer cuts widths under norms: then so do we."""
+    right = [row for row in rows if row.get(PEER, {}).get("status") == "correct"]
+    pairs = [(row, OPEN if row[PEER].get("norms") == "live" else OURS) for row in right]
+    pairs = [(row, ours) for row, ours in pairs if row.get(ours, {}).get("status") == "correct"]
+    if not pairs:
         return []
-    ours, peers = ([_left(row, library, "params") for row in right] for library in (OURS, PEER))
-    enough = [row["model"] for row, a, b in zip(right, ours, peers, strict=True) if a <= b + POINTS]
-    behind = sorted({row["model"] for row in right} - set(enough))
+    ours = [_left(row, mine, "params") for row, mine in pairs]
+    peers = [_left(row, PEER, "params") for row, _ in pairs]
+    enough = {row["model"] for (row, _), a, b in zip(pairs, ours, peers, strict=True) if a <= b + POINTS}
+    behind = sorted({row["model"] for row in right} - enough)
+    opened = sum(mine == OPEN for _, mine in pairs)
     return [
         f"Where the peer is correct ({len(right)} models): parameters left, median {median(ours):.1%} (ours) and "
         f"{median(peers):.1%} (the peer's); ours within {POINTS * 100:.0f} points or smaller on {len(enough)}"
         + (f"; not on {', '.join(behind)}." if behind else ".")
+        + f" On {opened} of them the peer cut widths under norms, and is compared with prune_residual=True."
     ]
 
 
@@ -175,7 +181,7 @@ def _failures(rows: Sequence[Row]) -> list[list[str]]:
     return [
         [f"{row['model']} ({row['form']})", TITLES[name], row[name]["status"], _plain(row[name].get("reason", ""))]
         for row in rows
-        for name in (OURS, PEER)
+        for name in TITLES
         if name in row and row[name]["status"] != "correct"
     ]
 

@@ -1,5 +1,6 @@
 """What every test runs under: one thread, seeded generators, and how many networks hypothesis draws."""
 
+import json
 import os
 
 import pytest
@@ -20,3 +21,14 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the generated nets of `make fuzz` were, all processes together."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    portions = [json.loads(value) for name, value in properties if name == "generated nets"]
+    if portions:
+        from drawn_laws import Tally
+
+        terminalreporter.write_line(str(sum(map(Tally.of, portions), Tally())))

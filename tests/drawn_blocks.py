@@ -67,6 +67,18 @@ class OwnLayerNorm(nn.Module):
         return self.gain * (x - mean) / (std + 1e-6) + self.bias
 
 
+class ResponseNorm(nn.Module):
+    """The norm of ConvNeXt-V2, on (B, C, H, W)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(p=2, dim=(2, 3), keepdim=True)
+        return self.gamma * (x * (size / (size.mean(dim=1, keepdim=True) + 1e-6))) + x
+
+
 def token_norm(width: int, pick: Pick) -> nn.Module:
     """A norm over the last dimension, or none."""
     return pick(nn.Identity, lambda: nn.LayerNorm(width), lambda: nn.RMSNorm(width), lambda: OwnRMSNorm(width))()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drawn_blocks import Block, OwnLayerNorm, Pick, Table, kind
+from drawn_blocks import Block, OwnLayerNorm, Pick, ResponseNorm, Table, kind
 from nets_for_tests import conv, pooled
 
 IMAGES: Table = {}
@@ -496,7 +496,7 @@ class Norms(Block):
         self.conv = conv(width, self.outputs, bias=pick(True, False))
         self.how = pick("batch", "batch by hand", "frozen", "group", "layer", "response", "local", "functional")
         self.norm = nn.BatchNorm2d(self.outputs)
-        self.groups = nn.GroupNorm(2, self.outputs)
+        self.groups, self.response = nn.GroupNorm(2, self.outputs), ResponseNorm(self.outputs)
         self.gamma = nn.Parameter(torch.ones(1, self.outputs, 1, 1))
         self.register_buffer("mean", torch.zeros(self.outputs))
 
@@ -516,9 +516,8 @@ class Norms(Block):
         if self.how == "functional":
             n = self.norm
             return F.relu(F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.1, n.eps))
-        if self.how == "response":  # ConvNeXt-V2: the mean over channels locks
-            size = x.norm(p=2, dim=(2, 3), keepdim=True)
-            return self.gamma * (x * (size / (size.mean(1, keepdim=True) + 1e-6))) + x
+        if self.how == "response":
+            return self.response(x)
         return F.relu((x - self.mean.view(1, -1, 1, 1)) * self.gamma)
 
 

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drawn_blocks import OwnLayerNorm, OwnRMSNorm
+from drawn_blocks import OwnLayerNorm, OwnRMSNorm, ResponseNorm
 from nets_for_tests import outputs_of, zeroed_by_hand
 from secateur.plans import Plan
+
+
+# The norms of the nets, with the parameter that has the normalised width.
+NORMS: dict[type[nn.Module], str] = {
+    nn.LayerNorm: "weight",
+    nn.RMSNorm: "weight",
+    OwnRMSNorm: "weight",
+    OwnLayerNorm: "gain",
+    ResponseNorm: "gamma",
+}
 
 
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
@@ -19,9 +29,8 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     result = zeroed_by_hand(model, plan)
     weights = {cut.tensor: cut for cut in plan.cuts}
     for name, module in list(result.named_modules()):
-        gain = "gain" if isinstance(module, OwnLayerNorm) else "weight"
-        cut = weights.get(f"{name}.{gain}")
-        if cut is not None and isinstance(module, (nn.LayerNorm, nn.RMSNorm, OwnRMSNorm, OwnLayerNorm)):
+        cut = weights.get(f"{name}.{NORMS.get(type(module), '')}")
+        if cut is not None:
             owner, _, own_name = name.rpartition(".")
             setattr(result.get_submodule(owner), own_name, LiveNorm(module, torch.tensor(cut.kept)))
     return result
@@ -33,13 +42,16 @@ class LiveNorm(nn.Module):
     def __init__(self, norm: nn.Module, live: Tensor) -> None:
         super().__init__()
         self.norm, self.live = copy.deepcopy(norm), live
+        self.eps = float("nan")  # equal to no other: the library's layers take no short cut past this module
+        self.dim = 1 if isinstance(norm, ResponseNorm) else -1
         for name, tensor in list(self.norm.named_parameters()):
-            setattr(self.norm, name, nn.Parameter(tensor.detach()[live]))
+            setattr(self.norm, name, nn.Parameter(tensor.detach().index_select(self.dim, live)))
         if isinstance(self.norm, (nn.LayerNorm, nn.RMSNorm)):
             self.norm.normalized_shape = (len(live),)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_copy(-1, self.live, self.norm(x[..., self.live]))
+        narrow = self.norm(x.index_select(self.dim, self.live))
+        return torch.zeros_like(x).index_copy(self.dim, self.live, narrow)
 
 
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.plans import Cut
 
 # Calls in Python code that normalise, and calls that take a statistic inside a module that normalises.
-NORMS = ("layer_norm", "rms_norm")
+NORMS = ("layer_norm", "rms_norm", "group_norm")
 STATISTICS = ("mean", "var", "var_mean", "std")
 
 
@@ -86,12 +86,11 @@ def _narrow_statistic(function: Callable[..., Any], cut: Cut, args: tuple[Any, .
 
 
 def _narrow_norm(function: Callable[..., Any], cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The norm of the live entries, with zeros for the others."""
-    data, _, *rest = args[0], args[1] if len(args) > 1 else kwargs.pop("normalized_shape"), *args[2:]
-    live = _positions(data, cut)
-    rest = [_taken(entry, live) for entry in rest]
+    """The norm of the live entries, with zeros for the others. (A group norm here has a single group.)"""
+    data, live = args[0], _positions(args[0], cut)
+    narrow = [data.index_select(cut.dim, live), *(_taken(entry, live) for entry in args[1:])]
     kwargs = {name: _taken(entry, live) for name, entry in kwargs.items()}
-    result = function(data.index_select(cut.dim, live), [len(live)], *rest, **kwargs)
+    result = function(*narrow, **kwargs)
     return torch.zeros_like(data).index_copy(cut.dim, live, result)
 
 
@@ -100,4 +99,7 @@ def _positions(data: Tensor, cut: Cut) -> Tensor:
 
 
 def _taken(entry: Any, live: Tensor) -> Any:
+    """Scales and shifts of the live channels; a normalised shape as long as they are."""
+    if isinstance(entry, (list, tuple)):
+        return [len(live)]
     return entry.index_select(0, live) if isinstance(entry, Tensor) else entry

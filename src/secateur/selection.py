@@ -81,16 +81,18 @@ def select(
     _check_options(dense, scope, round_to, keep_at_least)
     check_scores(graph, scores)
     blocks = _blocks(graph, dense, scores, round_to, keep_at_least, normalise and scope == "global")
-    steps = _ordered_steps(blocks, scope)
     macs, params = macs_of(graph), params_of(graph)
     if isinstance(target.sparsity, Mapping):
         gone = _until_patterns(graph, blocks, target.sparsity)
+    elif target.sparsity is not None and scope == "layer":
+        gone = [_rounded_down(block, target.sparsity) for block in blocks]
     elif target.sparsity is not None:
-        gone = _until_sparsity(graph, dense, blocks, steps, target.sparsity, scope)
+        gone = _until_sparsity(graph, dense, blocks, _ordered_steps(blocks, scope), target.sparsity)
     else:
         full = [group.channels for group in dense.groups]
         goal = target.absolute(macs_of(dense)(full), params_of(dense)(full))
-        gone = _until_budget(graph, blocks, steps, goal, {"max_macs": macs, "max_params": params})
+        costs = {"max_macs": macs, "max_params": params}
+        gone = _until_budget(graph, blocks, _ordered_steps(blocks, scope), goal, costs)
     kept = [np.arange(group.channels) for group in graph.groups]
     for block, count in zip(blocks, gone, strict=True):
         for group, order in zip(block.groups, block.orders, strict=True):
@@ -166,11 +168,10 @@ def _step_sizes(
     slots = [slot for group in groups for slot in group.outputs]
     lengths = [(slot.indices.shape[1], fixed.get((slot.tensor, slot.dim), 0)) for slot in slots]
     channels = groups[0].channels
-    reachable = [channels]
-    for kept in range(channels - 1, floor - 1, -1):
-        if all((positions * kept + others) % round_to == 0 for positions, others in lengths):
-            reachable.append(kept)
-    return tuple(before - after for before, after in pairwise(reachable))
+    widths = np.arange(channels - 1, floor - 1, -1)
+    for positions, others in set(lengths):
+        widths = widths[(positions * widths + others) % round_to == 0]
+    return tuple((-np.diff(widths, prepend=channels)).tolist())
 
 
 def _fixed_positions(graph: Graph) -> Counter[tuple[str, int]]:
@@ -187,13 +188,21 @@ def _ordered_steps(blocks: Sequence[Block], scope: str) -> list[Step]:
     steps = []
     for number, block in enumerate(blocks):
         before = block.original - block.channels  # gone in earlier prunings
-        upto, score = 0, -math.inf
-        for size in block.sizes:
-            score = max(score, float(block.scores[upto : upto + size].mean()))  # rounding must not reorder equal scores
+        running = np.maximum.accumulate(_means(block))  # rounding must not reorder equal scores
+        upto = 0
+        for size, score in zip(block.sizes, running.tolist(), strict=True):
             upto += size
             key = score if scope == "global" else (before + upto) / block.original
             steps.append(Step(number, upto, size, key))
     return sorted(steps, key=lambda step: (step.key, step.block, step.upto))
+
+
+def _means(block: Block) -> npt.NDArray[np.float64]:
+    """The mean score of the channels that each step removes."""
+    if set(block.sizes) <= {1}:
+        return block.scores[: len(block.sizes)]
+    bounds = pairwise(np.cumsum([0, *block.sizes]).tolist())
+    return np.array([block.scores[start:stop].mean() for start, stop in bounds])
 
 
 def _until_patterns(graph: Graph, blocks: Sequence[Block], patterns: Mapping[str, float]) -> list[int]:
@@ -221,15 +230,13 @@ def _until_patterns(graph: Graph, blocks: Sequence[Block], patterns: Mapping[str
 def _rounded_down(block: Block, fraction: float) -> int:
     """The most channels that whole steps remove without passing `fraction` of the original."""
     allowance = math.floor(fraction * block.original + 1e-9) - (block.original - block.channels)
-    reachable: list[int] = np.cumsum([0, *block.sizes]).tolist()
-    return max(upto for upto in reachable if upto <= max(allowance, 0))
+    reachable = np.cumsum([0, *block.sizes])
+    return int(reachable[np.searchsorted(reachable, max(allowance, 0), side="right") - 1])
 
 
 def _until_sparsity(
-    graph: Graph, dense: Graph, blocks: Sequence[Block], steps: Sequence[Step], sparsity: float, scope: str
+    graph: Graph, dense: Graph, blocks: Sequence[Block], steps: Sequence[Step], sparsity: float
 ) -> list[int]:
-    if scope == "layer":
-        return [_rounded_down(block, sparsity) for block in blocks]
     now = dict(zip(_identities(graph), (group.channels for group in graph.groups), strict=True))
     identities = dict(zip((group.name for group in dense.groups), _identities(dense), strict=True))
     before = sum(group.weight * group.channels for group in dense.prunable)
@@ -286,7 +293,7 @@ def _until_budget(
 
 def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, params: Cost) -> Plan:
     """The plan that keeps the given channels (ascending) of every group."""
-    gone = [np.setdiff1d(np.arange(g.channels), channels) for g, channels in zip(graph.groups, kept, strict=True)]
+    gone = [_all_but(channels, group.channels) for group, channels in zip(graph.groups, kept, strict=True)]
     cuts = _cuts(((n, slot) for n, g in enumerate(graph.groups) if len(gone[n]) for slot in g.slots), gone)
     counts, dense = [len(channels) for channels in kept], [group.channels for group in graph.groups]
     free = [(group, len(channels)) for group, channels in zip(graph.groups, kept, strict=True) if group.locked is None]
@@ -304,6 +311,13 @@ def make_plan(graph: Graph, kept: Sequence[npt.NDArray[np.int64]], macs: Cost, p
     )
 
 
+def _all_but(positions: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """The numbers in [0, size) that are not among `positions`, ascending."""
+    others = np.ones(size, bool)
+    others[positions] = False
+    return np.flatnonzero(others)
+
+
 def _cuts(slots: Iterable[tuple[int, Slot]], gone: Sequence[npt.NDArray[np.int64]]) -> list[Cut]:
     """What removing the channels `gone` (per group) takes from the dimensions that the (group, slot) pairs touch."""
     found: dict[tuple[str, int], list[tuple[int, Slot]]] = {}
@@ -313,7 +327,7 @@ def _cuts(slots: Iterable[tuple[int, Slot]], gone: Sequence[npt.NDArray[np.int64
     for (tensor, dim), parts in found.items():
         removed = np.concatenate([slot.indices[gone[group]].ravel() for group, slot in parts])
         size = parts[0][1].size
-        stay = np.setdiff1d(np.arange(size), removed)
+        stay = _all_but(removed, size)
         cuts.append(Cut(tensor, dim, size, tuple(stay.tolist()), parts[0][1].fill))
     return cuts
 

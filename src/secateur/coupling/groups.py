@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,11 @@ class Graph:
 
     def together(self, name: str) -> tuple[str, ...]:
         """The groups that must keep equal counts with a group, itself among them."""
-        return next((part for part in self.balances if name in part), (name,))
+        return self._parts.get(name, (name,))
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, ...]]:
+        return {name: part for part in self.balances for name in part}
 
     def lock(self, name: str, reason: str) -> Graph:
         """The same graph with a group, and those that must keep equal counts with it, locked."""
@@ -289,9 +294,9 @@ def _assemble(
     def renumbered(form: Form) -> Form:
         return Form(form.constant, {position[group]: c for group, c in form.terms.items()})
 
+    inside = _groups_inside(groups)
     candidates = [
-        Candidate(replacement, frozenset(n for n, group in enumerate(groups) if _touches(group, replacement.module)))
-        for replacement in attentions
+        Candidate(replacement, frozenset(inside.get(replacement.module, ()))) for replacement in attentions
     ]
     for replacement, numbers in forms.replacements(solution):
         candidates.append(Candidate(replacement, frozenset(position[n] for n in numbers)))
@@ -330,8 +335,14 @@ def _live_dims(state: State, work: Work) -> Iterator[tuple[Ids | None, int]]:
         yield (factors[0].ids if len(factors) == 1 else None), labels.shape[dim]
 
 
-def _touches(group: Group, module: str) -> bool:
-    return any(slot.layer == module or slot.tensor.startswith(f"{module}.") for slot in group.slots)
+def _groups_inside(groups: Iterable[Group]) -> dict[str, set[int]]:
+    """Module -> the groups, by number, that have to do with its tensors or those of its submodules."""
+    found: dict[str, set[int]] = {}
+    for number, group in enumerate(groups):
+        for slot in group.slots:
+            for module in _ancestors(slot.tensor):
+                found.setdefault(module, set()).add(number)
+    return found
 
 
 def _norm_slots(state: State, classes: Classes, position: Mapping[int, int]) -> Iterator[tuple[int, Slot]]:

@@ -71,8 +71,10 @@ def group_norm(state: State, node: Node) -> list[Labels | None]:
     algebra, data, groups = state.algebra, state.of(node.args[0]), int(node.args[6])
     rank, channels = len(data.shape), data.shape[1]
     data = algebra.collapse(data, [dim for dim in range(rank) if dim != 1], "group statistics run over it")
+    if groups == 1 and data.covered(1) and open_norm(state, node, data, 1):
+        return [_normalised_together(state, node, data), *[None] * (len(node.outputs) - 1)]
     grouped = (groups, channels // groups)
-    why = "group statistics run over the channels of a normalisation group"
+    why = "normalised over this width: group statistics run over the channels of a normalisation group"
     parts = [_group_rows(algebra, data.only(1), grouped, why)]
     for position in (1, 2):
         if isinstance(node.args[position], Ref):
@@ -85,6 +87,15 @@ def group_norm(state: State, node: Node) -> list[Labels | None]:
         factors.append(Factor(ids, all(j.zeros[1:] if affine else j.zeros)))
     _require_norm_groups(state, node, Labels((groups,), tuple(Factor(j.ids[:, 0], True) for j in joined)), groups)
     return [Labels(state.shape(node), tuple(factors)), *[None] * (len(node.outputs) - 1)]
+
+
+def _normalised_together(state: State, node: Node, data: Labels) -> Labels:
+    """A single group over all channels, of which those that live are counted."""
+    leaves = [state.of(leaf) for leaf in node.args[1:3] if isinstance(leaf, Ref)]
+    vectors = [data.only(1), *leaves]
+    joined, _ = state.algebra.align(vectors, "normalised over this width")
+    shape = (1, data.shape[1]) + (1,) * (len(data.shape) - 2)
+    return Labels(state.shape(node), tuple(Factor(j.ids.reshape(shape), True) for j in joined))
 
 
 def _group_rows(algebra: Algebra, vector: Labels, shape: tuple[int, int], why: str) -> Labels:

@@ -6,7 +6,7 @@ and its dimension, that the positions are those of; None where no single leaf ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 
 from secateur.coupling.labels import matching_blocks
 from secateur.coupling.rules.state import State
@@ -34,12 +34,9 @@ def carry_elementwise(state: State, node: Node, operands: Iterable[int]) -> None
     state.origins[node.outputs[0]] = tuple(merged)
 
 
-def readers(state: State, ref: Ref) -> Iterator[Node]:
+def readers(state: State, ref: Ref) -> Sequence[Node]:
     """The ops that read a value."""
-    for node in state.tape.nodes:
-        given = (*node.args, *node.kwargs.values())
-        if ref in given or any(isinstance(entry, (list, tuple)) and ref in entry for entry in given):
-            yield node
+    return state.tape.readers.get(ref.value, ())
 
 
 def _is_fixed(state: State, value: int) -> bool:
