@@ -128,9 +128,7 @@ def _secateur(
         sc.shrink(model, sc.select(graph, scores, sc.Target(sparsity=SPARSITY)))
         seconds = {"trace": traced - start, "analysis": time.perf_counter() - start}
     start = time.perf_counter()
-    pruned = sc.prune(
-        model, inputs, sparsity=SPARSITY, criterion=CRITERION, prune_residual=prune_residual, form=form
-    )
+    pruned = sc.prune(model, inputs, sparsity=SPARSITY, criterion=CRITERION, prune_residual=prune_residual, form=form)
     seconds["prune"] = time.perf_counter() - start
     summary = pruned.summary
     facts = {

@@ -62,9 +62,7 @@ def full_tables(results: Mapping[str, Any]) -> str:
 def line_of(row: Row) -> str:
     """One architecture in one line, for the terminal."""
     parts = [f"{TITLES[library]}: {' '.join(_cells(row, library))}" for library in TITLES if library in row]
-    reasons = [
-        f"\n    {TITLES[name]}: {row[name]['reason']}" for name in TITLES if row.get(name, {}).get("reason")
-    ]
+    reasons = [f"\n    {TITLES[name]}: {row[name]['reason']}" for name in TITLES if row.get(name, {}).get("reason")]
     return f"{row['model']} ({row['form']})  " + " | ".join(parts) + "".join(reasons)
 
 

@@ -235,7 +235,11 @@ def _rows(mask: Tensor) -> Tensor:
 
 
 class LiveNorms(TorchFunctionMode):
-    """Norms over the last dim, and group norms, skip positions whose input is zero everywhere."""
+    """Norms over the last dim, and group norms, skip the positions that were cut.
+
+    Those are where the norm's own scale was zeroed (scales are random, never zero); a norm without a scale skips what
+    is zero in all of its input.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -254,8 +258,10 @@ class LiveNorms(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _live(x: Tensor, dims: int = 1) -> Tensor:
-    """Which positions along the last `dims` dims hold anything but zero, as ones and zeros."""
+def _live(x: Tensor, dims: int = 1, scale: Tensor | None = None) -> Tensor:
+    """Which positions along the last `dims` dims live, as ones and zeros."""
+    if scale is not None:
+        return (scale != 0).to(x.dtype)
     leading = tuple(range(x.dim() - dims))
     return (x != 0).any(dim=leading).to(x.dtype) if leading else (x != 0).to(x.dtype)
 
@@ -268,9 +274,9 @@ def _live_layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
-    live = _live(x, len(dims))
+    live = _live(x, len(dims), weight)
     count = live.sum().clamp(min=1)
-    centred = (x - x.sum(dims, keepdim=True) / count) * live
+    centred = (x - (x * live).sum(dims, keepdim=True) / count) * live
     y = centred / ((centred**2).sum(dims, keepdim=True) / count + eps).sqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
@@ -278,7 +284,8 @@ def _live_layer_norm(
 
 def _live_rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
-    count = _live(x, len(dims)).sum().clamp(min=1)
+    live = _live(x, len(dims), weight)
+    count, x = live.sum().clamp(min=1), x * live
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     y = x / ((x**2).sum(dims, keepdim=True) / count + eps).sqrt()
     return y if weight is None else y * weight
@@ -293,10 +300,11 @@ def _live_group_norm(
     *_: Any,
 ) -> Tensor:
     per_channel = [1, -1] + [1] * (x.dim() - 2)
-    live = (x != 0).movedim(1, 0).flatten(1).any(1).to(x.dtype).view(per_channel).expand_as(x)
+    seen = (x != 0).movedim(1, 0).flatten(1).any(1) if weight is None else weight != 0
+    live = seen.to(x.dtype).view(per_channel).expand_as(x)
     parts, live_parts = (t.reshape(len(x), num_groups, -1) for t in (x, live))
     count = live_parts.sum(-1, keepdim=True).clamp(min=1)
-    centred = (parts - parts.sum(-1, keepdim=True) / count) * live_parts
+    centred = (parts - (parts * live_parts).sum(-1, keepdim=True) / count) * live_parts
     y = (centred / ((centred**2).sum(-1, keepdim=True) / count + eps).sqrt()).view(x.shape)
     y = y if weight is None else y * weight.view(per_channel)
     return y if bias is None else y + bias.view(per_channel)

@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 from coupling_tables import headline_lines, protocol_line
+from exports import section_lines
 
 HERE = Path(__file__).resolve().parent
 INTRODUCTION = """\
@@ -142,9 +143,25 @@ def coupling(results: Mapping[str, Any], file: str) -> str:
     return "\n".join(lines)
 
 
+def exports(results: Mapping[str, Any], file: str) -> str:
+    """Which architectures export, unpruned and pruned."""
+    lines = [
+        "## Export: .pt2 and ONNX",
+        "",
+        f"Command: `python benchmarks/exports.py`. File: `benchmarks/results/{file}`.",
+        "",
+        "Each file was checked against eager mode at the example's sizes and at others: within 1e-5 of the largest "
+        "output, 1e-4 where the model divides by statistics of its activations (attention, LayerNorm and their like).",
+        "",
+        *section_lines(results),
+    ]
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "cifar10_resnet20": cifar10_resnet20,
     "coupling": coupling,
+    "exports": exports,
 }
 
 

@@ -80,6 +80,9 @@ Shapes = Annotated[
         "--input", metavar="SHAPE", help="Shape of an example input of random floats; repeat for more inputs."
     ),
 ]
+PruneResidual = Annotated[
+    bool, typer.Option("--prune-residual", help="Also remove channels under LayerNorm and RMSNorm (residual streams).")
+]
 Seed = Annotated[int, typer.Option(help="Seed of fresh weights, example inputs and the random criterion.")]
 ONE_IMAGE = ["1,3,32,32"]
 
@@ -129,14 +132,20 @@ def demo(
 
 
 @app.command()
-def inspect(model: Model, shapes: Shapes = ONE_IMAGE, seed: Seed = 0, debug: Debug = False) -> None:
+def inspect(
+    model: Model,
+    prune_residual: PruneResidual = False,
+    shapes: Shapes = ONE_IMAGE,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
     """Show which channels of a model can be removed together, which are locked and why, and what the model costs."""
     from secateur.coupling.groups import trace
     from secateur.measuring import count
     from secateur.naming import example_inputs, named_model
 
     net, inputs = named_model(model, seed), example_inputs(shapes, seed)
-    graph = trace(net, inputs)
+    graph = trace(net, inputs, prune_residual=prune_residual)
     _show(_groups_table(graph, model))
     if graph.unknown:
         _show("Ops without a rule, around which everything is locked:")
@@ -163,6 +172,7 @@ def prune(
     scope: Annotated[str, typer.Option(help="What competes: 'layer' or 'global'.")] = "global",
     round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this number.")] = 1,
     ignore: Annotated[list[str], typer.Option(help="Module name or pattern whose outputs stay; may be repeated.")] = [],  # noqa: B006 - typer copies it
+    prune_residual: PruneResidual = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights of the dense model (.safetensors).")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to save the pruned model (.safetensors).")] = None,
     shapes: Shapes = ONE_IMAGE,
@@ -188,7 +198,15 @@ def prune(
     else:
         typer.echo("Note: no --checkpoint was given, so the weights are fresh, not trained.", err=True)
     pruned = pruned_by(
-        net, inputs, criterion=criterion, target=target, scope=scope, round_to=round_to, ignore=ignore, seed=seed
+        net,
+        inputs,
+        criterion=criterion,
+        target=target,
+        scope=scope,
+        round_to=round_to,
+        ignore=ignore,
+        prune_residual=prune_residual,
+        seed=seed,
     )
     _show(_widths_table(pruned.plan, model))
     _show_summary(pruned)

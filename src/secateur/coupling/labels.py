@@ -89,7 +89,11 @@ class Atoms:
 
     def locked(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Whether each atom's class is locked."""
-        return np.asarray(self._lock[self.find(ids)] >= 0)
+        return self.are_locked(self.find(ids))
+
+    def are_locked(self, roots: Ids) -> npt.NDArray[np.bool_]:
+        """Whether the classes with these representatives are locked."""
+        return np.asarray(self._lock[roots] >= 0)
 
     def reason_numbers(self, ids: Ids) -> Ids:
         """Per atom the place in `reasons` of why its class is locked, or -1."""
@@ -168,10 +172,9 @@ class Algebra:
         """Drop factors that are all locked, and dimensions along which a factor is constant."""
         kept = []
         for factor in labels.factors:
-            ids = factor.ids
-            if self.atoms.locked(ids).all():
+            ids, roots = factor.ids, self.atoms.find(factor.ids)
+            if self.atoms.are_locked(roots).all():
                 continue
-            roots = self.atoms.find(ids)
             for dim in factor.span:
                 if (roots == roots.take([0], axis=dim)).all():
                     ids, roots = ids.take([0], axis=dim), roots.take([0], axis=dim)
