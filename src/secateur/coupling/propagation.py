@@ -99,6 +99,7 @@ def _label_leaves(state: State, used: Collection[int]) -> Base:
                 factors.append(Factor(ids.reshape(shape), True))
         state.labels[number] = Labels(value.shape, tuple(factors))
         state.origins[number] = tuple((value.leaf.name, dim) for dim in range(len(value.shape)))
+    state.owned = len(state.algebra.atoms.all())
     return base
 
 

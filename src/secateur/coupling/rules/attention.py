@@ -30,7 +30,7 @@ def attention(state: State, node: Node) -> list[Labels]:
     last = len(query.shape) - 1
     if _given(node, 6, "scale") is None:
         _require_scale(state, node, last, query.shape[last])
-    if _given(node, 7, "enable_gqa") and key.shape[-3] != query.shape[-3]:
+    if _given(node, 7, "enable_gqa") and 1 < key.shape[-3] != query.shape[-3]:  # a single one is broadcast
         repeats = query.shape[-3] // key.shape[-3]
         positions = np.repeat(np.arange(key.shape[-3]), repeats)
         key, value = (algebra.take(part, last - 2, positions) for part in (key, value))

@@ -124,9 +124,8 @@ def layer_norm(state: State, node: Node) -> list[Labels | None]:
     opened = count == 1 and data.covered(last) and open_norm(state, node, data, last)
     if opened:
         _require_normalised_shape(state, node, last)
-    for dim in range(rank - count, rank):
-        if not opened:
-            data = algebra.lock_dim(data, dim, "normalised over this width")
+    if not opened:
+        data = algebra.collapse(data, range(rank - count, rank), "normalised over this width")
     joined, shape = algebra.align([data, *leaves], "normalised over this width")
     factors = tuple(j.factor(opened and j.ids.shape[last] > 1) for j in joined)
     return [Labels(shape, factors), *[None] * (len(node.outputs) - 1)]

@@ -47,7 +47,7 @@ def _is_fixed(state: State, value: int) -> bool:
 
 
 def carry_through_view(state: State, node: Node) -> None:
-    """A view keeps the origin of the dimensions that it does not split or merge."""
+    """A view keeps the origin of the dimensions that it does not merge; the parts of a dimension are all of it."""
     origin, before = state.origins.get(node.args[0].value), state.of(node.args[0]).shape
     if origin is None or 0 in before:
         return
@@ -56,9 +56,18 @@ def carry_through_view(state: State, node: Node) -> None:
     for old, new in matching_blocks(before, after):
         wide_old = [dim for dim in old if before[dim] > 1]
         wide_new = [dim for dim in new if after[dim] > 1]
-        if len(wide_old) == len(wide_new) == 1:
-            viewed[wide_new[0]] = origin[wide_old[0]]
+        if len(wide_old) == 1:
+            for dim in wide_new:
+                viewed[dim] = origin[wide_old[0]]
     state.origins[node.outputs[0]] = tuple(viewed)
+
+
+def carry_without(state: State, node: Node, dim: int) -> None:
+    """A dimension is gone: picked from, or taken apart."""
+    origin = state.origins.get(node.args[0].value)
+    if origin is not None:
+        for output in node.outputs:
+            state.origins[output] = (*origin[:dim], *origin[dim + 1 :])
 
 
 def carry_to_the_right(state: State, node: Node) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from secateur.coupling.labels import Factor, Labels
+from secateur.coupling.rules.origins import carry_without
 from secateur.coupling.rules.recurrent import is_recurrent, separate_states, tied_gates, unread_states
 from secateur.coupling.rules.state import Extent, Path, Requirement, State, argument, rule
 from secateur.coupling.sizes import Size
@@ -36,19 +37,26 @@ def _require_bounds(state: State, node: Node, data: Labels, dim: int, first: int
     call, value = node.call, node.args[0].value
     key = _key_slices(call.args[1], len(data.shape)) if call and call.name == "__getitem__" else {}
     path, bounds = key.get(dim, ((), None))
-    if (
-        call is None
-        or bounds is None
-        or step != 1
-        or any(isinstance(b, int) and index(b) < 0 for b in (bounds.start, bounds.stop))
-    ):
-        return state.algebra.lock_dim(data, dim, "channels are picked by fixed positions")
+    why = "channels are picked by fixed positions"
+    if call is None or bounds is None or _counts_from_the_end(bounds):
+        return state.algebra.collapse(data, [dim], why)
+    if step != 1:
+        whole = bounds.stop is None and first < step and data.shape[dim] % step == 0
+        state.explained.add(id(call))
+        return _tied_blocks(state, data, dim, step) if whole else state.algebra.collapse(data, [dim], why)
     state.explained.add(id(call))
     if first > 0:
         state.require(node, bounds.start, Extent(value, dim, first), (*path, "start"))
     if last < data.shape[dim]:
         state.require(node, bounds.stop, Extent(value, dim, last), (*path, "stop"))
     return data
+
+
+def _tied_blocks(state: State, data: Labels, dim: int, length: int) -> Labels:
+    """Every `length` positions in a row go together: then each of them is where the strided slices look for it."""
+    shape = (*data.shape[:dim], data.shape[dim] // length, length, *data.shape[dim + 1 :])
+    blocks = state.algebra.collapse(state.algebra.reshape(data, shape), [dim + 1], "picked at regular distances")
+    return state.algebra.reshape(blocks, data.shape)
 
 
 def _counts_from_the_end(bounds: slice) -> bool:
@@ -85,6 +93,7 @@ def select(state: State, node: Node) -> list[Labels]:
         data = state.algebra.lock_dim(data, dim, "a single channel is picked out")
     else:  # a packed projection: all its parts must stay
         _require_all(state, node, data, dim)
+    carry_without(state, node, dim)
     return [state.algebra.reshape(state.algebra.take(data, dim, np.array([position])), state.shape(node))]
 
 
@@ -99,6 +108,7 @@ def unbind(state: State, node: Node) -> list[Labels]:
     data = state.of(node.args[0])
     dim = int(argument(node, 1, "dim", 0)) % len(data.shape)
     _require_all(state, node, data, dim)
+    carry_without(state, node, dim)
     take = state.algebra.take
     parts = [take(data, dim, np.array([position])) for position in range(data.shape[dim])]
     parts = [state.algebra.reshape(part, state.shape(node, number)) for number, part in enumerate(parts)]
@@ -125,11 +135,11 @@ def split(state: State, node: Node) -> list[Labels]:
 def _require_parts(state: State, node: Node, data: Labels, dim: int, sizes: Sequence[int]) -> Labels:
     call = node.call
     if call is None or call.name not in ("chunk", "split", "split_with_sizes"):
-        return state.algebra.lock_dim(data, dim, "split by fixed sizes")
+        return state.algebra.collapse(data, [dim], "split by fixed sizes")
     extents = [Extent(value, dim, size) for value, size in zip(node.outputs, sizes, strict=True)]
     if call.name == "chunk":
         if len(set(sizes)) > 1 or len(sizes) != _chunks(call.args, call.kwargs):
-            return state.algebra.lock_dim(data, dim, "split into unequal chunks")
+            return state.algebra.collapse(data, [dim], "split into unequal chunks")
         numbers: list[Any] = [None] * len(sizes)
         paths: list[Path] = [()] * len(sizes)
     else:

@@ -68,6 +68,8 @@ def reduction(state: State, node: Node) -> list[Labels]:
     sums = kind == "sum" or (kind in _NORMS and _order(node) > 0)
     carry_nothing(state, node)
     if kind in _STATISTICS and len(dims) == 1 and data.covered(dims[0]) and open_norm(state, node, data, dims[0]):
+        if kind != "mean":  # a variance of one number is none
+            state.at_least_two.extend(factor.ids for factor in data.factors if factor.spans(dims[0]))
         data = Labels(data.shape, tuple(factor for factor in data.factors if not factor.spans(dims[0])))
     reduced = state.algebra.reduce(data, dims, sums=sums, why=f"reduced by {kind} over channels")
     results = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.coupling.labels import Factor, Labels
+from secateur.coupling.labels import Factor, Labels, matching_blocks
 from secateur.coupling.rules.creation import fresh, may_follow, new_factors
 from secateur.coupling.rules.origins import carry_through_view, carry_to_the_right
 from secateur.coupling.rules.state import Extent, NotCovered, Path, Requirement, State, rule
@@ -38,7 +38,28 @@ def view(state: State, node: Node) -> list[Labels]:
         raise NotCovered
     _require_sizes(state, node, len(data.shape))
     carry_through_view(state, node)
-    return [state.algebra.reshape(data, shape)]
+    return [state.algebra.reshape(_with_one_choice(state, data, shape), shape)]
+
+
+def _with_one_choice(state: State, data: Labels, shape: Sequence[int]) -> Labels:
+    """Labels in which no two dimensions that become one are free independently of each other.
+
+    Heads times positions within a head: either can go, not both ways at once. The outermost stays free, unless it is
+    one that was made in forward (keys repeated for a group of queries), which then keeps its length.
+    """
+    labels = state.algebra.simplify(data)
+    for merged, _ in matching_blocks(data.shape, shape):
+        spans = [tuple(dim for dim in factor.span if dim in merged) for factor in labels.factors]
+        if len(set(spans) - {()}) < 2:
+            continue
+        made_here = [bool((state.algebra.atoms.find(f.ids) > state.owned).all()) for f in labels.factors]
+        free = min((made, span) for made, span in zip(made_here, spans, strict=True) if span)[1]
+        for factor, span in zip(labels.factors, spans, strict=True):
+            if span not in ((), free):
+                why = "its positions become one dimension with others that can go"
+                state.algebra.lock(Labels(labels.shape, (factor,)), why)
+        labels = state.algebra.simplify(labels)
+    return labels
 
 
 def _require_sizes(state: State, node: Node, rank_before: int) -> None:
