@@ -18,6 +18,7 @@ from secateur.plans import Plan
 NORMS: dict[type[nn.Module], str] = {
     nn.LayerNorm: "weight",
     nn.RMSNorm: "weight",
+    nn.GroupNorm: "weight",
     OwnRMSNorm: "weight",
     OwnLayerNorm: "gain",
     ResponseNorm: "gamma",
@@ -27,31 +28,44 @@ NORMS: dict[type[nn.Module], str] = {
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     """`model` with what the plan cuts set to zero; norms over a width that shrinks see its live channels alone."""
     result = zeroed_by_hand(model, plan)
-    weights = {cut.tensor: cut for cut in plan.cuts}
+    cuts = {cut.tensor: cut for cut in plan.cuts}
     for name, module in list(result.named_modules()):
-        cut = weights.get(f"{name}.{NORMS.get(type(module), '')}")
+        cut = cuts.get(f"{name}.{NORMS.get(type(module), '')}")
         if cut is not None:
             owner, _, own_name = name.rpartition(".")
-            setattr(result.get_submodule(owner), own_name, LiveNorm(module, torch.tensor(cut.kept)))
+            setattr(result.get_submodule(owner), own_name, LiveNorm(module, cut.kept))
     return result
 
 
 class LiveNorm(nn.Module):
-    """A norm over the live channels alone; zero in the place of the others."""
+    """A norm over live channels alone, one part per group of a GroupNorm; zero in the place of the others."""
 
-    def __init__(self, norm: nn.Module, live: Tensor) -> None:
+    def __init__(self, norm: nn.Module, live: tuple[int, ...]) -> None:
         super().__init__()
-        self.norm, self.live = copy.deepcopy(norm), live
         self.eps = float("nan")  # equal to no other: the library's layers take no short cut past this module
-        self.dim = 1 if isinstance(norm, ResponseNorm) else -1
-        for name, tensor in list(self.norm.named_parameters()):
-            setattr(self.norm, name, nn.Parameter(tensor.detach().index_select(self.dim, live)))
-        if isinstance(self.norm, (nn.LayerNorm, nn.RMSNorm)):
-            self.norm.normalized_shape = (len(live),)
+        self.dim = 1 if isinstance(norm, (nn.GroupNorm, ResponseNorm)) else -1
+        size = norm.num_channels // norm.num_groups if isinstance(norm, nn.GroupNorm) else live[-1] + 1
+        groups = {place // size: [p for p in live if p // size == place // size] for place in live}
+        self.parts = [(torch.tensor(places), narrowed(norm, torch.tensor(places))) for places in groups.values()]
 
     def forward(self, x: Tensor) -> Tensor:
-        narrow = self.norm(x.index_select(self.dim, self.live))
-        return torch.zeros_like(x).index_copy(self.dim, self.live, narrow)
+        result = torch.zeros_like(x)
+        for places, norm in self.parts:
+            result = result.index_copy(self.dim, places, norm(x.index_select(self.dim, places)))
+        return result
+
+
+def narrowed(norm: nn.Module, places: Tensor) -> nn.Module:
+    """The norm of these channels, as one group."""
+    norm = copy.deepcopy(norm)
+    for name, tensor in list(norm.named_parameters()):
+        dim = 1 if tensor.dim() > 1 else 0
+        setattr(norm, name, nn.Parameter(tensor.detach().index_select(dim, places)))
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        norm.normalized_shape = (len(places),)
+    if isinstance(norm, nn.GroupNorm):
+        norm.num_groups, norm.num_channels = 1, len(places)
+    return norm
 
 
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:

@@ -87,6 +87,7 @@ class Attention(Block):
         if width % self.heads == 0 and pick(True, False):
             self.size = width // self.heads
         self.inner, self.outputs = self.heads * self.size, width
+        self.whole = self.inner == width
         self.packed = pick("apart", "five dims", "chunk", "split", "slices", "per head")
         self.groups = self.heads if self.packed != "apart" else pick(self.heads, 1, math.gcd(self.heads, 2))
         self.inward = pick("attributes", "minus", "width", "sizes")
@@ -131,7 +132,7 @@ class Attention(Block):
         b, t, c = x.shape
         qkv = self.qkv(x)
         if self.packed == "five dims":
-            size = c // self.heads if self.inward == "width" and c == self.inner else self.size
+            size = c // self.heads if self.whole and self.inward == "width" else self.size
             return list(qkv.reshape(b, t, 3, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0))
         if self.packed == "per head":
             return list(qkv.view(b, t, self.heads, 3 * self.size).transpose(1, 2).chunk(3, -1))
@@ -193,7 +194,7 @@ class Attention(Block):
         elif self.outward == "minus":
             y = y.reshape(b, t, -1)
         else:
-            y = y.reshape(b, t, c if self.outward == "sizes" and c == self.inner else self.inner)
+            y = y.reshape(b, t, c if self.whole and self.outward == "sizes" else self.inner)
         y = self.proj(y)
         return x + y if self.residual else y
 
@@ -397,7 +398,7 @@ class PerHead(Block):
     def __init__(self, width: int, pick: Pick) -> None:
         super().__init__()
         self.heads, self.size, self.outputs = pick(2, 3), pick(4, 2), width
-        self.how = pick("scale", "matrix", "norm", "softmax", "group norm", "outer", "mean")
+        self.how = pick("scale", "einsum", "norm", "softmax", "group norm", "outer", "mean")
         self.up, self.down = nn.Linear(width, self.heads * self.size), nn.Linear(self.heads * self.size, width)
         self.scale = nn.Parameter(torch.ones(self.heads, 1))
         self.matrix = nn.Parameter(torch.zeros(self.heads, self.size, self.size))
@@ -410,7 +411,7 @@ class PerHead(Block):
         y = torch.tanh(self.up(x)).view(b, t, self.heads, self.size)
         if self.how == "scale":
             y = y * self.scale
-        elif self.how == "matrix":
+        elif self.how == "einsum":
             y = torch.einsum("bthd,hde->bthe", y, self.matrix)
         elif self.how == "norm":
             y = self.norm(y)
@@ -470,7 +471,7 @@ class Experts(Block):
     def __init__(self, width: int, pick: Pick) -> None:
         super().__init__()
         self.outputs, middle, count = width, pick(5, 6), 2
-        self.how = pick("list", "stacked", "best")
+        self.how = pick("list", "einsum", "best")
         self.gate = nn.Linear(width, count)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, middle), nn.ReLU(), nn.Linear(middle, width)) for _ in range(count)
@@ -479,7 +480,7 @@ class Experts(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.gate(x).softmax(-1)  # (B, T, experts)
-        if self.how == "stacked":
+        if self.how == "einsum":
             hidden = F.gelu(torch.einsum("btc,ecm->btem", x, self.up))
             found = torch.einsum("btem,emc->btec", hidden, self.down)
         else:

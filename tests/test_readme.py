@@ -6,13 +6,16 @@ import contextlib
 import importlib.util
 import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import secateur as sc
+from zoo import load_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,10 +58,23 @@ def test_the_steps_run_as_shown() -> None:
     assert {row.after % 16 for row in plan.widths if row.after < row.before} == {0}
 
 
+@pytest.mark.skipif(not find_spec("transformers") or not find_spec("onnxruntime"), reason="needs secateur[hf,onnx]")
+def test_a_transformer_is_pruned_saved_and_exported_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_torchvision()  # transformers imports it, and a build of torch for CPUs alone lacks its operators
+    names: dict[str, Any] = {"sc": sc, "torch": torch}
+    exec(compile(blocks("python")[2], "README.md", "exec"), names)
+    plan, attention = names["pruned"].plan, names["small"].bert.encoder.layer[0].attention.self
+    assert attention.query.weight.shape == (32, 32)  # half of the heads, half of the residual stream
+    assert plan.params[1] == sum(parameter.numel() for parameter in names["small"].parameters())
+    assert (tmp_path / "small.onnx").is_file()
+
+
 def test_every_link_of_the_readme_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+    links = re.findall(r"\]\(([^)]+)\)", README)
     assert len(links) >= 5
-    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    files = [link.partition("#")[0] for link in links if not link.startswith("http")]
+    missing = [file for file in files if not (ROOT / file).exists()]
     assert not missing
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -145,7 +146,20 @@ def private_copy(model: nn.Module, instead: Mapping[int, Tensor] | None = None) 
                 for tensor in tree_leaves(value):
                     if isinstance(tensor, Tensor) and not tensor.is_leaf:  # deepcopy refuses what autograd computed
                         memo.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(model, memo)
+    with uncollected():
+        return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Put off garbage collection: among many new objects that all stay, it goes through the whole program in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_plain(value: Any) -> bool:
@@ -162,7 +176,9 @@ def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point():
             new = tensor.detach().to(device="cpu", dtype=dtype, copy=True)
             kept = tensor.requires_grad
-            converted[id(tensor)] = nn.Parameter(new, kept) if type(tensor) is nn.Parameter else new.requires_grad_(kept)
+            converted[id(tensor)] = (
+                nn.Parameter(new, kept) if type(tensor) is nn.Parameter else new.requires_grad_(kept)
+            )
     return private_copy(model, converted).to(device="cpu", dtype=dtype)
 
 

@@ -17,7 +17,7 @@ from secateur.errors import InputError, TargetError, VerificationError
 from secateur.evidence import observe
 from secateur.inputs import check_model, check_weights
 from secateur.plans import Plan, human
-from secateur.repairing import repair
+from secateur.repairing import repair, repairable
 from secateur.schedules import Schedule
 from secateur.schedules import resolve as resolve_schedule
 from secateur.selection import make_plan, select
@@ -47,7 +47,7 @@ class Summary:
             f"MACs       {human(macs)} -> {human(macs_after)} ({macs_after / max(macs, 1):.1%})",
             f"params     {human(params)} -> {human(params_after)} ({params_after / max(params, 1):.1%})",
             f"verified   equal to the zeroed original within {self.verified_difference:.1e}",
-            f"repaired   {'BatchNorm statistics re-estimated' if self.repaired else 'no: pass data= to repair'}",
+            f"repaired   {'BatchNorm statistics re-estimated' if self.repaired else 'no: that needs data= and BatchNorm layers'}",
         ]
         if self.unknown:
             ops = ", ".join(f"{op} x{count}" for op, count in self.unknown.items())
@@ -126,7 +126,12 @@ def prune(
     if data is not None:
         small = repair(small, data, forward=forward)
     program = verified_program(small, example_inputs) if form == "graph" else None
-    return Pruned(small, plan, _summary(graph, plan, criterion, difference, repaired=data is not None), program)
+    return Pruned(
+        small,
+        plan,
+        _summary(graph, plan, criterion, difference, repaired=data is not None and repairable(small)),
+        program,
+    )
 
 
 def prune_steps(
@@ -173,7 +178,7 @@ def prune_steps(
         if data is not None:
             small = repair(small, data, forward=forward)
         total = plan if total is None else total.then(plan)
-        summary = _summary(graph, total, criterion, difference, repaired=data is not None)
+        summary = _summary(graph, total, criterion, difference, repaired=data is not None and repairable(small))
         yield Step(number, steps, small, model, plan, total, summary)
         model = small
         if number < steps:

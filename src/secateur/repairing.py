@@ -28,7 +28,7 @@ def repair(small: nn.Module, data: Iterable[Any], *, forward: Forward | None = N
     if batches < 1:
         raise InputError(f"batches is how many batches to average over, at least 1; got {batches}.")
     repaired = private_copy(small)
-    norms = [m for m in repaired.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = _batch_norms(repaired)
     if not norms:
         return repaired
     modes = [(module, module.training) for module in repaired.modules()]
@@ -52,3 +52,13 @@ def repair(small: nn.Module, data: Iterable[Any], *, forward: Forward | None = N
     for module, mode in modes:
         module.training = mode
     return repaired
+
+
+def repairable(model: nn.Module) -> bool:
+    """Whether there is anything that `repair` would measure anew."""
+    return bool(_batch_norms(model))
+
+
+def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.track_running_stats]

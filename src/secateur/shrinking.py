@@ -81,9 +81,6 @@ def _sliced(old: Tensor, cuts: list[Cut]) -> Tensor:
     return new.requires_grad_(old.requires_grad)
 
 
-
-
-
 def _edit(model: nn.Module, edit: Edit) -> None:
     try:
         module = model.get_submodule(edit.module)

@@ -24,7 +24,16 @@ from secateur.coupling.rules.state import State, Work
 from secateur.coupling.sizes import Attribute
 from secateur.coupling.tape import Tape
 from secateur.errors import ExampleInputsError, InputError, SecateurError, UnknownNameError
-from secateur.inputs import Inputs, as_inputs, check_devices, check_model, evaluating, private_copy, sharing_copy
+from secateur.inputs import (
+    Inputs,
+    as_inputs,
+    check_devices,
+    check_model,
+    evaluating,
+    private_copy,
+    sharing_copy,
+    uncollected,
+)
 from secateur.plans import Replacement, replaced, tensor_shapes
 
 IGNORED = "ignored by the caller"
@@ -181,6 +190,7 @@ class Graph:
         return f"{self!r}\n{self.table()}"
 
 
+@uncollected()
 @torch.inference_mode(False)
 def trace(
     model: nn.Module,
@@ -295,9 +305,7 @@ def _assemble(
         return Form(form.constant, {position[group]: c for group, c in form.terms.items()})
 
     inside = _groups_inside(groups)
-    candidates = [
-        Candidate(replacement, frozenset(inside.get(replacement.module, ()))) for replacement in attentions
-    ]
+    candidates = [Candidate(replacement, frozenset(inside.get(replacement.module, ()))) for replacement in attentions]
     for replacement, numbers in forms.replacements(solution):
         candidates.append(Candidate(replacement, frozenset(position[n] for n in numbers)))
 

@@ -10,7 +10,7 @@ A dimension that no factor spans is fixed: it belongs to inputs, outputs and any
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -48,11 +48,11 @@ class Atoms:
     def find(self, ids: Ids) -> Ids:
         """The representative of each atom's class."""
         roots = self._parent[ids]
-        while True:
-            higher = self._parent[roots]
-            if (higher == roots).all():
-                break
-            roots = higher
+        higher = self._parent[roots]
+        if (higher == roots).all():
+            return roots
+        while not (higher == roots).all():
+            roots, higher = higher, self._parent[higher]
         self._parent[ids] = roots
         return roots
 
@@ -115,7 +115,7 @@ class Factor:
     @property
     def span(self) -> tuple[int, ...]:
         """The dimensions along which it varies."""
-        return tuple(dim for dim, size in enumerate(self.ids.shape) if size > 1)
+        return tuple([dim for dim, size in enumerate(self.ids.shape) if size > 1])
 
     def spans(self, dim: int) -> bool:
         """Whether it varies along `dim`."""
@@ -123,7 +123,7 @@ class Factor:
 
     def on(self, ids: Ids) -> Factor:
         """The same factor with other ids."""
-        return replace(self, ids=ids)
+        return Factor(ids, self.zero)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Labels:
 
     def with_zero(self, zero: bool) -> Labels:
         """The same labels, all marked as zero where dead or not."""
-        return replace(self, factors=tuple(replace(factor, zero=zero) for factor in self.factors))
+        return Labels(self.shape, tuple(Factor(factor.ids, zero) for factor in self.factors))
 
 
 @dataclass(frozen=True)

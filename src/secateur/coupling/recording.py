@@ -12,7 +12,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from secateur.inputs import Inputs
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _OWN_FOLDER = str(Path(__file__).parent.parent) + os.sep
 _EXPORTS = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__)
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _OPEN_MEMORY = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.data_ptr)
 _COUNTS = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]  # a getset descriptor
@@ -59,7 +60,7 @@ def record(model: nn.Module, inputs: Inputs, shared: Iterable[Tensor] = ()) -> T
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _without_mkldnn(), _frames(model, recorder):
+        with torch.no_grad(), _frames(model, recorder):
             _trace_attributes(model, recorder.tape.escaped)
             with _Calls(recorder), _Ops(recorder):
                 output = inputs.call(model)
@@ -265,7 +266,8 @@ class _Calls(TorchFunctionMode):
         frame.events.append(call)
         recorder.call = call
         try:
-            result = self._as_one_op(function, args, kwargs) if function in _ATOMIC else function(*args, **kwargs)
+            with _without_mkldnn() if name in _RECURRENT else nullcontext():
+                result = self._as_one_op(function, args, kwargs) if function in _ATOMIC else function(*args, **kwargs)
         finally:
             recorder.call = outer
         call.output = map_tensors(recorder.ref, result)
@@ -315,14 +317,14 @@ def _where() -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((_TORCH_FOLDER, _OWN_FOLDER)):
-            return f"{Path(file).name}:{frame.f_lineno}"
+            return f"{os.path.basename(file)}:{frame.f_lineno}"  # noqa: PTH119  # for every call: a Path takes longer
         frame = frame.f_back
     return ""
 
 
 @contextmanager
 def _without_mkldnn() -> Iterator[None]:
-    """Record plain ops: mkldnn hides an LSTM behind one fused op."""
+    """Record plain ops: mkldnn hides an LSTM behind one fused op. (Elsewhere it only computes what a plain op says.)"""
     flags = torch.backends.mkldnn.flags(enabled=False)
     with warnings.catch_warnings():
         warnings.filterwarnings(

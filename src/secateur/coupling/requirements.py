@@ -36,7 +36,6 @@ class Forms(Protocol):
         """How many size attributes the module has already, from an earlier pruning."""
 
 
-
 @dataclass(frozen=True)
 class Form:
     """constant + sum of coefficient x (channels kept in a group)."""
