@@ -26,7 +26,8 @@ def _seeded() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What the generated nets of `make fuzz` were, all processes together."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    called = [report for report in reports if getattr(report, "when", "") == "call"]
+    properties = [pair for report in called for pair in report.user_properties]
     portions = [json.loads(value) for name, value in properties if name == "generated nets"]
     if portions:
         from drawn_laws import Tally

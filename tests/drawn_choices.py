@@ -95,9 +95,7 @@ def check_target(graph: sc.Graph, plan: sc.Plan, wish: Wish, kept: Mapping[str, 
         elif wish.keep_at_least == wish.round_to == 1 and min(kept[group.name] for group in graph.prunable) > 2:
             assert wanted - plan.removed_channels < step_sizes(graph, wish)
         return
-    costs, limit = (
-        (plan.macs, target.max_macs) if target.max_macs is not None else (plan.params, target.max_params)
-    )
+    costs, limit = (plan.macs, target.max_macs) if target.max_macs is not None else (plan.params, target.max_params)
     assert limit is not None and costs[1] <= limit * costs[0]
     assert plan.is_identity or limit < 1
 

@@ -199,7 +199,10 @@ class Odd(Block):
 
     def __init__(self, width: int, pick: Pick) -> None:
         super().__init__()
-        self.how, self.outputs = pick("sum", "mean", "softmax", "pick", "norm", "pairs", "roll", "flip", "cosine"), width
+        self.how, self.outputs = (
+            pick("sum", "mean", "softmax", "pick", "norm", "pairs", "roll", "flip", "cosine"),
+            width,
+        )
         self.mix = conv(1, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -467,9 +470,9 @@ class ReadsSizes(Block):
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
         if self.how == "rows":
-            return F.relu(self.fc(x.permute(0, 2, 3, 1).reshape(b * height * width, c)).reshape(b, height, width, c)).permute(
-                0, 3, 1, 2
-            )
+            return F.relu(
+                self.fc(x.permute(0, 2, 3, 1).reshape(b * height * width, c)).reshape(b, height, width, c)
+            ).permute(0, 3, 1, 2)
         if self.how == "columns":
             return self.fc(x.reshape(b, c, height * width).mT).mT.reshape(b, c, height, width)
         if self.how == "both":
@@ -512,12 +515,12 @@ class Norms(Block):
             return F.relu(F.local_response_norm(x, 2))
         if self.how == "frozen":
             scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-            return F.relu(x * scale[None, :, None, None] + (self.norm.bias - self.norm.running_mean * scale)[None, :, None, None])
+            return F.relu(
+                x * scale[None, :, None, None] + (self.norm.bias - self.norm.running_mean * scale)[None, :, None, None]
+            )
         if self.how == "functional":
             n = self.norm
             return F.relu(F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.1, n.eps))
         if self.how == "response":
             return self.response(x)
         return F.relu((x - self.mean.view(1, -1, 1, 1)) * self.gamma)
-
-

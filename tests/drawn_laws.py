@@ -6,7 +6,7 @@ import copy
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import hypothesis
@@ -54,12 +54,12 @@ class Tally:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Tally:
-        """From `asdict` of another."""
+        """From the `values` of another."""
         return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()})
 
     def values(self) -> dict[str, Any]:
         """Plain numbers and dicts, for JSON."""
-        return asdict(self)
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     def assert_meaningful(self, kind: str) -> None:
         """Most nets have something free; blocks of the kind were pruned; the oracle sees, and can fail."""

@@ -13,7 +13,6 @@ from drawn_blocks import OwnLayerNorm, OwnRMSNorm, ResponseNorm
 from nets_for_tests import outputs_of, zeroed_by_hand
 from secateur.plans import Plan
 
-
 # The norms of the nets, with the parameter that has the normalised width.
 NORMS: dict[type[nn.Module], str] = {
     nn.LayerNorm: "weight",

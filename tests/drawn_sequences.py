@@ -292,10 +292,7 @@ class Layer(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.first else x.transpose(0, 1)
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype) if self.causal else None
-        if self.how == "decoder":
-            y = self.layer(y, torch.tanh(y), tgt_mask=mask)
-        else:
-            y = self.layer(y, mask)
+        y = self.layer(y, torch.tanh(y), tgt_mask=mask) if self.how == "decoder" else self.layer(y, mask)
         return y if self.first else y.transpose(0, 1)
 
 
@@ -313,7 +310,12 @@ class Recurrent(Block):
         else:
             both = pick(1, 2)
             self.net = kinds[self.how](
-                width, size, num_layers=pick(1, 2), bidirectional=both == 2, batch_first=self.first, bias=pick(True, False)
+                width,
+                size,
+                num_layers=pick(1, 2),
+                bidirectional=both == 2,
+                batch_first=self.first,
+                bias=pick(True, False),
             )
         self.outputs = size * (1 if self.gives == "last state" else both)
 
@@ -476,7 +478,10 @@ class Experts(Block):
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, middle), nn.ReLU(), nn.Linear(middle, width)) for _ in range(count)
         )
-        self.up, self.down = nn.Parameter(torch.zeros(count, width, middle)), nn.Parameter(torch.zeros(count, middle, width))
+        self.up, self.down = (
+            nn.Parameter(torch.zeros(count, width, middle)),
+            nn.Parameter(torch.zeros(count, middle, width)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.gate(x).softmax(-1)  # (B, T, experts)

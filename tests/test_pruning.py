@@ -65,7 +65,7 @@ def test_the_summary_says_what_happened() -> None:
     assert 0 <= summary.verified_difference < 1e-9
     assert summary.macs == (before.macs, after.macs) and summary.params == (before.params, after.params)
     assert summary.unknown == {"aten._fft_r2c": 1} and "no rule" in summary.locked["b"]
-    assert "needs data= and BatchNorm" in str(summary) and "aten._fft_r2c" in str(summary)
+    assert "no: needs data= and BatchNorm" in str(summary) and "aten._fft_r2c" in str(summary)
     assert sc.prune(model, batch, sparsity=0.5, data=[batch]).summary.repaired is False  # there is no BatchNorm
     normed = case_named("batch norm")
     assert sc.prune(normed.model(), normed.batch(2), sparsity=0.5, data=[normed.batch(2)]).summary.repaired is True

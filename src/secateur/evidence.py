@@ -46,6 +46,14 @@ class Evidence:
         rows = rows.flatten(1)  # the k positions fold in: a block of channels is judged as one
         return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
+    def norms(self, slot: Slot, order: int) -> Tensor:
+        """(channels,): the norm of each row of `rows(slot)`, taken where the tensor lies."""
+        tensor = self.tensors[slot.tensor]
+        others = [dim for dim in range(tensor.dim()) if dim != slot.dim]
+        dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+        each = torch.linalg.vector_norm(tensor, order, others, dtype=dtype) if others else tensor.to(dtype)
+        return torch.linalg.vector_norm(each[torch.as_tensor(slot.indices, device=tensor.device)], order, dim=1)
+
 
 @torch.inference_mode(False)
 def observe(

@@ -13,7 +13,7 @@ list that begins with a tag:
     ["value", n]  a tensor or number by its place in the program     ["leaf", path]  a parameter or buffer
     ["attribute", path, name, entry]  an integer of a module         ["size", tree, dim]  the length of a dimension
     ["add" | "sub" | "mul" | "floordiv" | "mod", left, right]        ["float", "inf" | "-inf" | "nan"]
-    ["dtype", name] ["dtype_of", tree] ["device_of", tree]           ["training"]  the module's mode
+    ["dtype", name] ["dtype_of", tree] ["device_of", tree]           ["mode", training, evaluation]
 """
 
 from __future__ import annotations
@@ -235,9 +235,10 @@ _CLASSES: dict[type[nn.Module], type[GraphForm]] = {}  # a class is made once, s
 def graph_form(module: nn.Module, program: Program) -> GraphForm:
     """`module` with the forward of `program`: shares its tensors, submodules, hooks and attributes."""
     form = _empty(_source_class(type(module)))
-    taken = [name for name in program.sizes if hasattr(module, name) and name not in vars(module)]
-    if taken or not program.sizes.keys().isdisjoint({*vars(nn.Module()), "program"}):
-        raise PlanMismatchError(f"a graph form cannot add {', '.join(program.sizes)}: the module uses such a name.")
+    own = set(module.program.sizes) if isinstance(module, GraphForm) else set()
+    taken = [name for name in program.sizes if name not in own and (hasattr(module, name) or name == "program")]
+    if taken:
+        raise PlanMismatchError(f"a graph form cannot add {', '.join(taken)}: the module has such an attribute.")
     form.__dict__.update(module.__dict__)
     form.__dict__.pop("_compiled_program", None)
     form.__dict__.update(program.sizes)
@@ -331,6 +332,11 @@ def _read_attribute(path: str, name: str, entry: int | None) -> Read:
     return read
 
 
+def _read_mode(training: Tree, evaluation: Tree) -> Read:
+    chosen = _reader(training), _reader(evaluation)
+    return lambda module, values: chosen[not module.training](module, values)
+
+
 def _read_size(tree: Tree, dim: int) -> Read:
     tensor = _reader(tree)
     _check_index(dim)
@@ -395,7 +401,7 @@ _READERS: dict[str, Callable[..., Read]] = {
     "device_of": _read_property("device"),
     "memory_format": _read_memory_format,
     "float": _read_float,
-    "training": lambda: lambda module, values: module.training,
+    "mode": _read_mode,
 }
 
 

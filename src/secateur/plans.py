@@ -40,7 +40,9 @@ class Cut:
     @property
     def removed(self) -> tuple[int, ...]:
         """The positions that go, ascending."""
-        return tuple(np.setdiff1d(np.arange(self.size), np.array(self.kept, dtype=np.int64)).tolist())
+        others = np.ones(self.size, bool)
+        others[list(self.kept)] = False
+        return tuple(np.flatnonzero(others).tolist())
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Plan:
         """The plan written by `to_json`. Raises PlanMismatchError where the text is no plan, or contradicts itself."""
         try:
             plan = _parsed(json.loads(text, parse_constant=_refused))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise PlanMismatchError(f"not a plan: {type(error).__name__}: {error}") from error
         if len({(cut.tensor, cut.dim) for cut in plan.cuts}) < len(plan.cuts):
             raise PlanMismatchError("the plan cuts the same dimension of a tensor twice.")

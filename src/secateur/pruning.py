@@ -47,7 +47,7 @@ class Summary:
             f"MACs       {human(macs)} -> {human(macs_after)} ({macs_after / max(macs, 1):.1%})",
             f"params     {human(params)} -> {human(params_after)} ({params_after / max(params, 1):.1%})",
             f"verified   equal to the zeroed original within {self.verified_difference:.1e}",
-            f"repaired   {'BatchNorm statistics re-estimated' if self.repaired else 'no: that needs data= and BatchNorm layers'}",
+            f"repaired   {'BatchNorm statistics re-estimated' if self.repaired else 'no: needs data= and BatchNorm'}",
         ]
         if self.unknown:
             ops = ", ".join(f"{op} x{count}" for op, count in self.unknown.items())

@@ -108,9 +108,9 @@ def _check_options(graph: Graph, scope: str, round_to: int, keep_at_least: int) 
             raise InputError(f"{name} is a whole number of channels, at least 1; got {value!r}.")
     if not graph.prunable:
         reasons = "; ".join(f"{group.name}: {group.locked}" for group in graph.groups) or "no layer has channels"
-        opened = graph.open_norms or not any(
-            group.locked and "normalised over" in group.locked for group in graph.groups
-        )
+        norms = ("normalised over", "reduced by mean", "reduced by var", "reduced by std")
+        closed = any(part in (group.locked or "") for group in graph.groups for part in norms)
+        opened = graph.open_norms or not closed
         hint = "" if opened else " prune_residual=True opens the widths under LayerNorm and RMSNorm."
         raise NothingToPruneError(f"nothing can be pruned in this model.{hint} {reasons}.")
 

@@ -22,7 +22,6 @@ from secateur.inputs import (
     copy_in,
     evaluating,
     other_batch,
-    private_copy,
 )
 from secateur.norms import with_live_norms
 from secateur.plans import Plan, named_tensors, tensor_shapes

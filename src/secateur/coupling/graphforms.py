@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any
@@ -20,6 +20,7 @@ from secateur.coupling.tape import Call, Frame, Ref, Tape
 from secateur.graphforms import GraphForm, Guard, Program, Step, Tree, operation
 from secateur.plans import Replacement
 
+Constants = Mapping[tuple[Call | Frame, Path], Any]  # arguments that another constant stands for in training
 Overrides = Mapping[tuple[Call | None, Path | None], str]  # arguments that a size attribute replaces, with its name
 
 # Questions about a tensor that need no step: their answers are constants, or read where they are used.
@@ -29,7 +30,6 @@ _QUESTIONS = {
 }
 _IN_PLACE = {"__setitem__"}
 _SCALE = 6  # its position among the arguments of scaled_dot_product_attention
-_MODES = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 
 
 class NotExpressible(Exception):  # noqa: N818  # a signal, never seen outside
@@ -42,8 +42,9 @@ class GraphForms:
     A module is replaced only if it was called once. The model itself is no submodule: `whole` allows it.
     """
 
-    def __init__(self, model: nn.Module, state: State, *, whole: bool) -> None:
+    def __init__(self, model: nn.Module, state: State, training: Callable[[], Tape | None], *, whole: bool) -> None:
         self._model, self._state, self._whole = model, state, whole
+        self._training = training  # a tape of the same pass in training mode, where there is one
         self._names = _Names(model, state.tape)
         self._escapes: dict[Frame, list[Escape]] = {}
         for escape in state.tape.escaped.entries:
@@ -70,13 +71,14 @@ class GraphForms:
         for override in solution.overrides:
             if override.requirement.frame is not None:
                 by_frame.setdefault(override.requirement.frame, []).append(override)
+        training = self._training() if by_frame else None
         for frame, found in by_frame.items():
             names, sizes = {}, self._sizes(frame.module)
             for override in found:
                 if override.attribute is not None:
                     names[override.requirement.call, override.requirement.path] = override.attribute.name
                     sizes[override.attribute.name] = override.attribute.value
-            program = self._writer(frame, names, solution.attributes).program()
+            program = self._writer(frame, names, solution.attributes, _constants(frame, training)).program()
             yield (
                 Replacement(frame.module, replace(program, sizes=sizes)),
                 frozenset().union(*(o.groups for o in found)),
@@ -93,8 +95,15 @@ class GraphForms:
             return str(reason)
         return None
 
-    def _writer(self, frame: Frame, overrides: Overrides | None = None, varying: Collection[Attribute] = ()) -> _Writer:
-        return _Writer(self._names, self._state, frame, self._escapes.get(frame, ()), overrides or {}, varying)
+    def _writer(
+        self,
+        frame: Frame,
+        overrides: Overrides | None = None,
+        varying: Collection[Attribute] = (),
+        in_training: Constants | None = None,
+    ) -> _Writer:
+        escapes = self._escapes.get(frame, ())
+        return _Writer(self._names, self._state, frame, escapes, overrides or {}, varying, in_training or {})
 
 
 class _Names:
@@ -134,9 +143,10 @@ class _Writer:
         escapes: Sequence[Escape],
         overrides: Overrides,
         varying: Collection[Attribute],
+        in_training: Constants,
     ) -> None:
         self._state, self._frame, self._escapes, self._overrides = state, frame, escapes, overrides
-        self._varying = varying
+        self._varying, self._in_training = varying, in_training
         self._prefix = f"{frame.module}." if frame.module else ""
         self._leaves, self._modules = names.inside(frame.module), names.modules
         self._values: dict[int, int] = {}  # recorded value -> its place in the program
@@ -182,16 +192,13 @@ class _Writer:
             if not event.module.startswith(self._prefix):
                 raise NotExpressible(f"it calls {event.module!r}, which is no part of it")
             target = f"module:{event.module.removeprefix(self._prefix)}"
-            return [Step(target, self._arguments(event.args), self._named(event.kwargs), self._result(event.output))]
+            return [Step(target, *self._given(event), self._result(event.output))]
         if not _has_refs(event.output) and event.name not in _IN_PLACE:
             return self._answer(event)
         target = resolve_name(event.function)
         if target is None or operation(target) is None:
             raise NotExpressible(f"it calls {target or event.name}, which is not in the table of operations")
-        args = ["tuple", *(self._tree(entry, event, (place,)) for place, entry in enumerate(event.args))]
-        kwargs = ["dict", *([_name(k), self._tree(entry, event, (k,))] for k, entry in event.kwargs.items())]
-        if event.name in _MODES:
-            _follow_mode(args, kwargs)
+        args, kwargs = self._given(event)
         if event.name == "scaled_dot_product_attention" and len(args) <= _SCALE + 1:
             self._write_scale(event, kwargs)
         return [Step(target, args, kwargs, self._result(event.output))]
@@ -212,11 +219,11 @@ class _Writer:
             self._dtypes.setdefault(call.output, ["dtype_of", self._tree(call.args[0])])
         return []
 
-    def _arguments(self, args: tuple[Any, ...]) -> Tree:
-        return ["tuple", *(self._tree(entry) for entry in args)]
-
-    def _named(self, kwargs: Mapping[str, Any]) -> Tree:
-        return ["dict", *([_name(key), self._tree(entry)] for key, entry in kwargs.items())]
+    def _given(self, event: Call | Frame) -> tuple[list[Any], list[Any]]:
+        """The arguments of a call, by position and by name."""
+        args = ["tuple", *(self._tree(entry, event, (place,)) for place, entry in enumerate(event.args))]
+        kwargs = ["dict", *([_name(k), self._tree(entry, event, (k,))] for k, entry in event.kwargs.items())]
+        return args, kwargs
 
     def _result(self, tree: Any) -> Tree:
         if isinstance(tree, Ref):
@@ -229,9 +236,11 @@ class _Writer:
 
     # -- trees -------------------------------------------------------------------------------------------------------
 
-    def _tree(self, tree: Any, call: Call | None = None, path: Path = ()) -> Tree:
-        if call is not None and (call, path) in self._overrides:
+    def _tree(self, tree: Any, call: Call | Frame | None = None, path: Path = ()) -> Tree:
+        if isinstance(call, Call) and (call, path) in self._overrides:
             return ["attribute", "", self._overrides[call, path], None]
+        if call is not None and (call, path) in self._in_training:
+            return ["mode", self._constant(self._in_training[call, path]), self._constant(tree)]
         if isinstance(tree, Ref):
             return self._read(tree)
         if isinstance(tree, TracedInt):
@@ -308,16 +317,40 @@ class _Writer:
         return [Guard(self._expression(escape.expression), escape.value, escape.relation)]
 
 
+def _constants(frame: Frame, training: Tape | None) -> Constants:
+    """The constants that were others in training mode: probabilities of dropout, and flags that say so.
+
+    Nothing, where the module takes another way in training altogether.
+    """
+    twins = training.frames.get(frame.module, []) if training is not None else []
+    if len(twins) != 1 or len(twins[0].events) != len(frame.events):
+        return {}
+    found: dict[tuple[Call | Frame, Path], Any] = {}
+    for event, twin in zip(frame.events, twins[0].events, strict=True):
+        if _callee(event) != _callee(twin):
+            return {}
+        now, then = ({**dict(enumerate(e.args)), **e.kwargs} for e in (event, twin))
+        found.update(((event, path), other) for path, other in _differing(now, then, ()))
+    return found
+
+
+def _callee(event: Call | Frame) -> Any:
+    return event.module if isinstance(event, Frame) else event.function
+
+
+def _differing(now: Any, then: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if isinstance(now, dict) and isinstance(then, dict):
+        for key in now.keys() & then.keys():
+            yield from _differing(now[key], then[key], (*path, key))
+    elif isinstance(now, (list, tuple)) and isinstance(then, (list, tuple)) and len(now) == len(then):
+        for place, (a, b) in enumerate(zip(now, then, strict=True)):
+            yield from _differing(a, b, (*path, place))
+    elif type(now) is type(then) and isinstance(now, (bool, float)) and now != then:
+        yield path, then
+
+
 def _distinct(guards: list[Guard]) -> list[Guard]:
     return list({repr(guard): guard for guard in guards}.values())  # a tree holds lists, which no set takes
-
-
-def _follow_mode(args: list[Any], kwargs: list[Any]) -> None:
-    """Dropout that was off in eval mode is on in training."""
-    if len(args) > 3:
-        args[3] = ["training"]
-    else:
-        kwargs[1:] = [pair for pair in kwargs[1:] if pair[0] != "training"] + [["training", ["training"]]]
 
 
 def _has_refs(tree: Any) -> bool:

@@ -224,7 +224,7 @@ def trace(
     for (tensor, dim), ids in base.items():
         if tensor.rpartition(".")[0] in ignored and state.roles.get((tensor, dim)) != "input":
             state.algebra.atoms.lock(ids, IGNORED)
-    forms = GraphForms(private, state, whole=form == "graph")
+    forms = GraphForms(private, state, lambda: _in_training(private, inputs), whole=form == "graph")
     solution = solve(state, base, forms)
     return _assemble(model, state, base, solution, unknown, attentions, forms)
 
@@ -237,6 +237,16 @@ def _recorded(model: nn.Module, attentions: list[Replacement], inputs: Inputs) -
     except WritesToSharedMemory:
         private = replaced(private_copy(model), attentions)
         return private, _record(private, inputs, model)
+
+
+def _in_training(private: nn.Module, inputs: Inputs) -> Tape | None:
+    """The tape of a pass in training mode; None for a model that does not run so on these inputs."""
+    apart = private_copy(private).train()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return record(apart, inputs.map(torch.clone))
+        except Exception:  # such as statistics over a single value
+            return None
 
 
 def _record(private: nn.Module, inputs: Inputs, model: nn.Module) -> Tape:

@@ -84,7 +84,7 @@ class Atoms:
         number = self._reason_numbers.setdefault(reason, len(self.reasons))
         if number == len(self.reasons):
             self.reasons.append(reason)
-        roots = np.unique(self.find(np.asarray(ids).ravel()))
+        roots = self.find(np.asarray(ids).ravel())
         self._lock[roots[self._lock[roots] < 0]] = number
 
     def locked(self, ids: Ids) -> npt.NDArray[np.bool_]:

@@ -108,7 +108,7 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
     if not refs and rule_for(node) is None:
         return  # a new tensor: its size is checked by its traced integers
     for ref in refs:
-        if _is_stale(state, ref, number):
+        if state.stale.get(ref, number) < number:
             _fix(state, ref, "reads memory that was written through another view")
     written = node.args[0] if node.op._schema.is_mutable and node.outputs and node.args else None
     old = state.labels[written.value] if isinstance(written, Ref) else None
@@ -126,17 +126,12 @@ def _apply(state: State, node: Node, number: int, unknown: Counter[str]) -> None
     for output, labels in zip_longest(node.outputs, results):
         if output is not None and labels is not None:
             state.labels[output] = state.algebra.simplify(labels)
-    if old is not None and _same_labels(state, old, state.labels[node.outputs[0]]):
-        for value in state.tape.overwritten.get(number, ()):  # it has the labels of what was there: views stay right
-            state.tape.values[value].stale_after = None
+    if old is None or not _same_labels(state, old, state.labels[node.outputs[0]]):  # else other views stay right
+        for value in state.tape.overwritten.get(number, ()):
+            state.stale.setdefault(value, number)
     for ref in refs:
-        if state.tape.values[ref].stale_after == number and ref not in state.right:
+        if state.stale.get(ref) == number:
             _fix(state, ref, "written through another view")
-
-
-def _is_stale(state: State, value: int, node: int) -> bool:
-    after = state.tape.values[value].stale_after
-    return after is not None and after < node and value not in state.right
 
 
 def _same_labels(state: State, old: Labels, new: Labels) -> bool:
@@ -175,9 +170,10 @@ def _lock_unowned(state: State, base: Base) -> None:
     """What no layer makes or reads keeps its size: new tensors, and positions of a table that were not needed."""
     atoms = state.algebra.atoms
     used = [ids for key, ids in base.items() if state.roles.get(key) in ("output", "input")]
-    owned = np.unique(atoms.find(np.concatenate([np.zeros(0, np.int64), *used])))
-    everything = np.unique(atoms.find(atoms.all()))
-    atoms.lock(np.setdiff1d(everything, owned), SILENT)
+    roots = atoms.find(atoms.all())
+    owned = np.zeros(len(roots) + 1, bool)
+    owned[atoms.find(np.concatenate([np.zeros(0, np.int64), *used]))] = True
+    atoms.lock(roots[~owned[roots]], SILENT)
 
 
 def _pin_unexplained(state: State) -> None:

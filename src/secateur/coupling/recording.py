@@ -172,16 +172,15 @@ class _Recorder:
     def _overwrite(self, tensor: Tensor) -> None:
         if tensor.layout != torch.strided:
             return
-        target, node = self.known(tensor), len(self.tape.nodes) - 1
-        storage = tensor.untyped_storage()._cdata
-        for number in self._memory.get(storage, []):
-            value = self.tape.values[number]
-            if number != target and value.stale_after is None and overlaps(self._alive[number], tensor):
-                value.stale_after = node
-                self.tape.overwritten.setdefault(node, []).append(number)
-        if node in self.tape.overwritten:  # what is stale need not be looked at again, but for what has a name
-            values, numbers = self.tape.values, self._memory[storage]
-            self._memory[storage] = [n for n in numbers if values[n].leaf is not None or values[n].stale_after is None]
+        storage, node = tensor.untyped_storage()._cdata, len(self.tape.nodes) - 1
+        views = [number for number in self._memory.get(storage, []) if self._is_current(number)]
+        others = [n for n in views if n != self.known(tensor) and overlaps(self._alive[n], tensor)]
+        self.tape.overwritten.setdefault(node, []).extend(others)
+        self._memory[storage] = views
+
+    def _is_current(self, number: int) -> bool:
+        """Whether code can still get at a value: it has a name, or its tensor was not written to since."""
+        return self.tape.values[number].leaf is not None or self.known(self._alive[number]) == number
 
     def protect(self, written: Sequence[Any]) -> None:
         """Raise WritesToSharedMemory before the caller's own parameters are written to."""

@@ -39,7 +39,7 @@ class Value:
     shape: tuple[int, ...]
     dtype: torch.dtype
     leaf: Leaf | None = None
-    stale_after: int | None = None  # the node that wrote to another view of the same memory
+
 
 
 @dataclass(eq=False)
@@ -118,7 +118,7 @@ class Tape:
     exported: list[int] = field(default_factory=list)  # values that left torch, as NumPy arrays or lists
     stale: dict[int, list[int]] = field(default_factory=dict)  # node that wrote -> values that it made stale
     sized: set[int] = field(default_factory=set)  # values whose lengths were read
-    overwritten: dict[int, list[int]] = field(default_factory=dict)  # node -> values that it made stale
+    overwritten: dict[int, list[int]] = field(default_factory=dict)  # node -> other views of the memory it wrote to
     escaped: Escapes = field(default_factory=Escapes)
     frames: dict[str, list[Frame]] = field(default_factory=dict)  # module -> its calls, in order
 

@@ -36,4 +36,4 @@ def bn_scale(group: Group, evidence: Evidence) -> Tensor:
 
 def _filter_norm(group: Group, evidence: Evidence, order: int) -> Tensor:
     slots = group.outputs or group.slots  # a group of bare parameters has no producing layer
-    return torch.stack([evidence.rows(slot).norm(p=order, dim=1) for slot in slots]).mean(0)
+    return torch.stack([evidence.norms(slot, order) for slot in slots]).mean(0)

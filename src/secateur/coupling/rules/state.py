@@ -68,7 +68,7 @@ class State:
     at_least_two: list[Ids] = field(default_factory=list)  # channels that must not become one
     zeros: dict[Any, bool | None] = field(default_factory=dict)  # answers of pointwise ops on zeros
     owned: int = 0  # the last atom of a parameter or buffer; later ones were made in forward
-    right: set[int] = field(default_factory=set)  # values whose memory was written, with what has the same labels
+    stale: dict[int, int] = field(default_factory=dict)  # value -> the node that wrote other labels to its memory
     flipped: frozenset[int] = frozenset()  # grouped convolutions (by value) that go the other way than by default
     grouped: dict[int, Ids] = field(default_factory=dict)  # output value of each grouped convolution -> atoms that go
     open_norms: bool = False  # whether normalised widths may shrink, the norms then being over live channels
