@@ -210,8 +210,8 @@ class GraphForm(nn.Module):
         for parameter in signature.parameters.values():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 given.update(given.pop(parameter.name, {}))
-        positional = list(signature.parameters)[1 : len(self.program.args)]
-        expected = {"self", *positional, *names}
+        own, *positional = list(signature.parameters)[: len(self.program.args)]
+        expected = {own, *positional, *names}
         unexpected = [name for name in given if name not in expected and given[name] is not defaults.get(name)]
         if unexpected:
             raise ModelError(

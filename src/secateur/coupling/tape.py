@@ -140,5 +140,7 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         mapped = [map_tensors(function, value) for value in tree]
-        return mapped if isinstance(tree, list) else tuple(mapped)
+        if isinstance(tree, list):
+            return mapped
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)  # a named tuple stays one
     return tree

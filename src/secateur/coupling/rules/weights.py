@@ -69,9 +69,9 @@ def _grouped(
     per_group = channels.shape[1]
     out_channels = state.shape(node)[1]
     whole_groups = bool(channels.factors) and (groups >= per_group) != (node.outputs[0] in state.flipped)
-    state.grouped[node.outputs[0]] = np.concatenate(
-        [np.zeros(0, np.int64), *(f.ids.ravel() for f in (*channels.factors, *spread.factors))]
-    )
+    if per_group > 1 or out_channels > groups:  # else one channel in and out per group: there is no other way
+        ids = (factor.ids.ravel() for factor in (*channels.factors, *spread.factors))
+        state.grouped[node.outputs[0]] = np.concatenate([np.zeros(0, np.int64), *ids])
     if whole_groups:
         why = "the channels of one convolution group go together"
         inner = algebra.collapse(channels, [1], why)
