@@ -51,8 +51,9 @@ class Evidence:
         tensor = self.tensors[slot.tensor]
         others = [dim for dim in range(tensor.dim()) if dim != slot.dim]
         dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-        each = torch.linalg.vector_norm(tensor, order, others, dtype=dtype) if others else tensor.to(dtype)
-        return torch.linalg.vector_norm(each[torch.as_tensor(slot.indices, device=tensor.device)], order, dim=1)
+        each: Tensor = torch.linalg.vector_norm(tensor, order, others, dtype=dtype) if others else tensor.to(dtype)
+        rows: Tensor = each[torch.as_tensor(slot.indices, device=tensor.device)].norm(p=order, dim=1)
+        return rows
 
 
 @torch.inference_mode(False)

@@ -189,9 +189,14 @@ def _pin_unexplained(state: State) -> None:
             value = index(number)
             state.requirements.append(Requirement(number.expression, value, place, value, call, path, call.frame))
     for escape in state.tape.escaped.entries:
-        if escape.binds:
+        differs = not escape.binds and escape.relation == "eq"
+        if escape.binds or differs:
             inside = f" in {escape.frame.module!r}" if escape.frame and escape.frame.module else ""
-            place = f"its size is used as a number in forward{inside} ({escape.where})"
+            used = "compared" if differs else "used as a number"
+            place = f"its size is {used} in forward{inside} ({escape.where})"
+            extent = 0 if differs else escape.value
             state.requirements.append(
-                Requirement(escape.expression, escape.value, place, escape.value, frame=escape.frame, escapes=True)
+                Requirement(
+                    escape.expression, extent, place, escape.value, frame=escape.frame, differs=differs, escapes=True
+                )
             )

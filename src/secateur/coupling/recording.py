@@ -184,11 +184,10 @@ class _Recorder:
 
     def protect(self, written: Sequence[Any]) -> None:
         """Raise WritesToSharedMemory before the caller's own parameters are written to."""
-        for tensor in written if self._protected else ():
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                if tensor.untyped_storage()._cdata in self._protected:
-                    self.refused = True
-                    raise WritesToSharedMemory
+        strided = (t for t in written if isinstance(t, Tensor) and t.layout == torch.strided)
+        if self._protected and any(tensor.untyped_storage()._cdata in self._protected for tensor in strided):
+            self.refused = True
+            raise WritesToSharedMemory
 
     # -- modules -----------------------------------------------------------------------------------------------------
 

@@ -214,7 +214,7 @@ def _satisfy(
     while not settled and not scope.blamed:
         settled = True
         for requirement in requirements:
-            if scope.is_overridden(requirement):
+            if requirement.differs or scope.is_overridden(requirement):
                 continue
             target = scope.target(requirement)
             value = scope.evaluate(requirement.expression)
@@ -230,11 +230,7 @@ def _satisfy(
                 scope.blame(requirement)
             settled = False
     for requirement in () if scope.blamed else requirements:
-        if not scope.is_overridden(requirement):
-            whole = scope.evaluate(requirement.expression, exactly=True) is not None
-        else:
-            whole = scope.target(requirement).is_whole
-        if not whole and not (scope.override(requirement) and scope.target(requirement).is_whole):
+        if not scope.is_met(requirement) and not (scope.override(requirement) and scope.target(requirement).is_whole):
             scope.blame(requirement)
     return scope.blamed or scope.solution()
 
@@ -266,6 +262,15 @@ class Scope:
         extent = requirement.extent
         return Form(Fraction(extent)) if isinstance(extent, int) else self.size(extent)
 
+    def stays_unequal(self, expression: Expression) -> bool:
+        """Whether a difference cannot become 0, whatever is kept of each group (at least one channel)."""
+        form = self.evaluate(expression)
+        if form is None:
+            return False
+        ends = [sorted((c, c * len(self.classes.members[group]))) for group, c in form.terms.items()]
+        least, most = (form.constant + sum(end[side] for end in ends) for side in (0, 1))
+        return bool(least > 0 or most < 0)
+
     def is_overridden(self, requirement: Requirement) -> bool:
         """Whether the graph form of its module has no such requirement any more."""
         frame = requirement.frame
@@ -275,6 +280,14 @@ class Scope:
             self.overrides[requirement] = None
             return True
         return False
+
+    def is_met(self, requirement: Requirement) -> bool:
+        """Whether a requirement that balances and attributes satisfy holds in whole numbers too."""
+        if self.is_overridden(requirement):
+            return self.target(requirement).is_whole
+        if requirement.differs:
+            return self.stays_unequal(requirement.expression)
+        return self.evaluate(requirement.expression, exactly=True) is not None
 
     def override(self, requirement: Requirement) -> bool:
         """Put an attribute of a graph form in the number's place, where the module can be replaced."""

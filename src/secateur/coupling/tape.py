@@ -41,7 +41,6 @@ class Value:
     leaf: Leaf | None = None
 
 
-
 @dataclass(eq=False)
 class Call:
     """A call in Python code: arguments with Ref for tensors and traced integers left as they are."""
@@ -142,5 +141,5 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
         mapped = [map_tensors(function, value) for value in tree]
         if isinstance(tree, list):
             return mapped
-        return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)  # a named tuple stays one
+        return tree._make(mapped) if hasattr(tree, "_make") else tuple(mapped)  # a named tuple stays one
     return tree

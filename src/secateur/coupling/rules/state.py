@@ -38,6 +38,7 @@ class Requirement:
     call: Call | None = None  # the call that the number was an argument of,
     path: Path | None = None  # and where it stands in it
     frame: Frame | None = None  # the module call whose code used the number
+    differs: bool = False  # the expression was compared and found unequal to 0, and must stay so; `extent` is 0
     escapes: bool = False  # whether the number left integer arithmetic, so that nothing recorded depends on it
 
 
