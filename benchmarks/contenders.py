@@ -175,6 +175,7 @@ def _classifiers(model: nn.Module, inputs: Any) -> list[nn.Module]:
 
 def _size(model: nn.Module, inputs: Any) -> Found:
     """Parameters, and multiply-accumulates of one forward pass; the same counter for both libraries."""
+    model.requires_grad_(False)  # the counter hooks into gradients, and stumbles over parameters that are inputs
     counter = FlopCounterMode(display=False)
     fast = torch.backends.mha.get_fastpath_enabled()
     try:

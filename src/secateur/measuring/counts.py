@@ -60,6 +60,7 @@ def _macs(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _counted(model: nn.Module, inputs: Inputs) -> int:
+    model.requires_grad_(False)  # the counter hooks into gradients, and stumbles over parameters that are inputs
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), _plain_attention(), counter:
         inputs.call(model.eval())
