@@ -58,9 +58,8 @@ def main() -> None:
             row = _row(name, blocks)
             rows = [old for old in _read(options.out) if (old["model"], old["blocks"]) != (name, blocks)]
             write_bytes(options.out, (json.dumps({"rows": [*rows, row]}, indent=1) + "\n").encode())
-            print(
-                f"{name:24} {blocks or '':>5} ", *(f"{part} {row['seconds'][part]:.3f} s" for part in PARTS), flush=True
-            )
+            parts = ", ".join(f"{part} {row['seconds'][part]:.3f} s" for part in PARTS)
+            print(f"{name:24} {blocks or '':>5}  {parts}", flush=True)
     print("\n".join(section_lines({"rows": _read(options.out)})))
 
 
@@ -108,9 +107,8 @@ def _machine_line(rows: Sequence[Row]) -> str:
 
 def _row(name: str, blocks: int) -> Row:
     command = [sys.executable, str(Path(__file__).resolve()), "--child", name, "--blocks", str(blocks)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}, {blocks} blocks: {done.stderr.strip()[-2000:]}")
     row: Row = json.loads(done.stdout.splitlines()[-1])

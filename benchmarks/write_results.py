@@ -17,6 +17,7 @@ from typing import Any
 
 from coupling_tables import headline_lines, protocol_line
 from exports import section_lines
+from scaling import section_lines as scaling_lines
 
 HERE = Path(__file__).resolve().parent
 INTRODUCTION = """\
@@ -158,10 +159,27 @@ def exports(results: Mapping[str, Any], file: str) -> str:
     return "\n".join(lines)
 
 
+def scaling(results: Mapping[str, Any], file: str) -> str:
+    """Depth against time, and a model without its weights."""
+    lines = [
+        "## Size: long models, and one that does not fit",
+        "",
+        f"Command: `python benchmarks/scaling.py`. File: `benchmarks/results/{file}`.",
+        "",
+        "Chains of tiny blocks, half of the channels removed: tracing, selecting and shrinking, in CPU seconds of one "
+        "thread. The exponent is the slope of a line through the logarithms: 1 where the cost grows in proportion.",
+        "",
+        *scaling_lines(results),
+        "",
+    ]
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "cifar10_resnet20": cifar10_resnet20,
     "coupling": coupling,
     "exports": exports,
+    "scaling": scaling,
 }
 
 

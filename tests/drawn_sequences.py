@@ -93,6 +93,7 @@ class Attention(Block):
         self.inward = pick("attributes", "minus", "width", "sizes")
         self.outward = pick("flatten", "minus", "sizes", "attributes")
         self.core = pick("sdpa", "scaled", "manual", "einsum", "baddbmm", "kernel")
+        self.library = self.core in ("sdpa", "scaled") and self.groups not in (1, self.heads)
         self.places = pick("none", "rotary", "relative", "causal", "alibi")
         if self.places == "rotary" and self.size % 2:
             self.places = "none"
@@ -156,7 +157,7 @@ class Attention(Block):
         return None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.core in ("sdpa", "scaled") and self.groups not in (1, self.heads):
+        if self.library:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q.shape[2], q), enable_gqa=True)
         if self.groups != self.heads:
             b, g, t, d = k.shape

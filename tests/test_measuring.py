@@ -283,15 +283,15 @@ def test_results_are_values() -> None:
 
 
 def test_a_parameter_handed_to_a_submodule_can_be_counted() -> None:
-    class Token(nn.Module):
+    class Token(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.token = nn.Parameter(torch.randn(1, 1, 6))
-            self.inner = nn.Linear(6, 3)
+            self.token = torch.nn.Parameter(torch.randn(1, 1, 6))
+            self.inner = torch.nn.Linear(6, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(self.token.expand(x.shape[0], -1, -1)) + x
 
     model = Token()
-    assert sc.count(model, torch.randn(2, 1, 3)).macs == 2 * 6 * 3
+    assert count(model, torch.randn(2, 1, 3)).macs == 2 * 6 * 3
     assert model.token.requires_grad

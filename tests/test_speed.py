@@ -1,4 +1,4 @@
-"""What makes the analysis fast must not make it wrong: shared parameters, put-off garbage collection, one pass for all."""
+"""What makes the analysis fast must not make it wrong: shared parameters, garbage collection put off, fewer rounds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _through_numpy(model: Net, x: Tensor) -> Tensor:
 def _through_setitem_and_a_bare_except(model: Net, x: Tensor) -> Tensor:
     try:
         model.a.weight[0] = 3.0
-    except BaseException:  # noqa: BLE001  # what somebody's code may do
+    except BaseException:  # what somebody's code may do
         return model.head(pooled(model.a(x * 2)))
     return model.head(pooled(model.a(x)))
 
@@ -82,7 +82,7 @@ WRITERS = (
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_forward_that_writes_to_its_parameters_leaves_the_callers_alone(
+def test_a_forward_that_writes_to_parameters_leaves_the_callers_alone(
     write: Callable[[Any, Tensor], Tensor],
 ) -> None:
     statistics = {"mean": nn.Parameter(torch.zeros(8)), "variance": nn.Parameter(torch.ones(8))}

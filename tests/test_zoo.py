@@ -27,7 +27,7 @@ SMALL = (
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def same(left: torch.nn.Module, right: torch.nn.Module) -> bool:

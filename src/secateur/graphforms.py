@@ -111,6 +111,9 @@ class Program:
     output: Tree
     sizes: Mapping[str, int]  # integer attributes that the graph form adds, with the values of the unpruned model
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # nothing in it ever changes
+
     def to_data(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
