@@ -161,6 +161,7 @@ def sample() -> tuple[bytes, str]:
         macs=(12, 6),
         params=(16, 8),
         groups=("block.inner",),
+        norms=(Cut("norm:0", 1, 4, kept),),
     )
     text = json.dumps({**json.loads(plan.to_json()), "replacements": [["block", PROGRAM], ["attention", None]]})
     plan = Plan.from_json(text)
