@@ -48,7 +48,7 @@ slow: $(VENV)/.stamp-dev  ## The tests that take long (compilers, real training)
 NETS ?= 10000
 FIRST ?= 0
 fuzz: $(VENV)/.stamp-dev  ## Laws over 10,000 generated nets (NETS=...), in numbered portions of 50 (FIRST=... goes on from there)
-	SECATEUR_FUZZ_NETS=$(NETS) SECATEUR_FUZZ_FIRST=$(FIRST) $(BIN)/python -m pytest -v --dist=worksteal tests/test_fuzz.py $(ARGS)
+	SECATEUR_FUZZ_NETS=$(NETS) SECATEUR_FUZZ_FIRST=$(FIRST) $(BIN)/python -m pytest -vv --dist=worksteal tests/test_fuzz.py $(ARGS)
 
 results: $(VENV)/.stamp-dev  ## Train and prune ResNet-20 on CIFAR-10, then write docs/results.md
 	$(BIN)/python benchmarks/cifar10_resnet20.py $(ARGS)
