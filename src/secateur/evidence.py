@@ -10,38 +10,57 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from secateur.batches import Forward, Loss, default_forward, default_loss, move
+from secateur.batches import Forward, Loss, default_forward, default_loss, first_tensor, logits_of, move
+from secateur.collecting import COLLECTORS, Collector, Observation
 from secateur.coupling.groups import Graph, Group, Slot
 from secateur.errors import DataError, InputError, UnknownNameError
 from secateur.inputs import check_model, check_weights, private_copy
+from secateur.layercalls import LayerCall, LayerCalls, observable
 from secateur.plans import check_shapes, named_tensors, tensor_shapes
 
-NEEDS = ("gradient",)
+NEEDS = tuple(sorted(COLLECTORS))
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Weights always; statistics of the data where they were asked for. Statistics of disjoint data can be merged."""
+    """Weights always; sums over the data where they were asked for. Sums over disjoint data can be merged."""
 
     tensors: Mapping[str, Tensor]  # every parameter and buffer, detached
-    taylor: Mapping[str, Tensor] = field(default_factory=dict)  # group -> (channels,); see `observe`
+    sums: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # statistic -> tensor or group -> float64
+    samples: int = 0
     batches: int = 0
     seed: int = 0  # for criteria that draw
 
+    @property
+    def taylor(self) -> dict[str, Tensor]:
+        """{group: (channels,)}: the mean over batches of what the need "gradient" gathers for `taylor_fo`."""
+        return {name: total / self.batches for name, total in self.sums.get("taylor_fo", {}).items()}
+
     def merge(self, other: Evidence) -> Evidence:
         """The evidence of both passes together, as if one pass had seen all batches."""
-        total = self.batches + other.batches
-        if self.taylor.keys() != other.taylor.keys():
+        if any(self._names(kind) != other._names(kind) for kind in {*self.sums, *other.sums}):
             raise InputError("cannot merge evidence of different models, or gathered for different needs.")
         merged = {
-            name: (mine * self.batches + other.taylor[name] * other.batches) / total
-            for name, mine in self.taylor.items()
+            kind: {name: total + other.sums[kind][name] for name, total in totals.items()}
+            for kind, totals in self.sums.items()
         }
-        return replace(self, taylor=merged, batches=total)
+        samples, batches = self.samples + other.samples, self.batches + other.batches
+        return replace(self, sums=merged, samples=samples, batches=batches)
+
+    def has(self, need: str) -> bool:
+        """Whether what a need gathers is there."""
+        return COLLECTORS[need][1] in self.sums
+
+    def of(self, statistic: str, name: str) -> Tensor | None:
+        """The sum of a statistic for a tensor or group; None where nothing was seen."""
+        return self.sums.get(statistic, {}).get(name)
 
     def rows(self, slot: Slot) -> Tensor:
         """(channels, k): all entries of the slot's tensor that belong to each channel, in float32 at least."""
-        tensor = self.tensors[slot.tensor]
+        return self.entries(slot, self.tensors[slot.tensor])
+
+    def entries(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """(channels, k): the entries of `tensor`, shaped like the slot's, that belong to each channel."""
         rows = tensor.movedim(slot.dim, 0)[torch.as_tensor(slot.indices, device=tensor.device)]  # (channels, k, ...)
         rows = rows.flatten(1)  # the k positions fold in: a block of channels is judged as one
         return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
@@ -55,27 +74,70 @@ class Evidence:
         rows: Tensor = each[torch.as_tensor(slot.indices, device=tensor.device)].norm(p=order, dim=1)
         return rows
 
+    def activations(self, group: Group, statistic: str, per: str = "count", side: str = "input") -> Tensor:
+        """(channels,): a mean of `statistic` over what was seen of a group's activations, averaged over its layers.
+
+        `per`: the statistic that it is divided by. `side`: "input", where the next layers read the channels (behind
+        norms and nonlinearities); "output", as the producing layers make them. Where the group has no such layer, the
+        other side. Raises InputError for a group that no layer call was seen to make or read.
+        """
+        other = "output" if side == "input" else "input"
+        found = self._at(group, statistic, per, side) or self._at(group, statistic, per, other)
+        if not found:
+            raise InputError(
+                f"no activation of group {group.name!r} was seen: its layers are no convolutions or linear maps with "
+                "weights of their own. Choose a criterion on weights, or pass ignore= with its layers: "
+                f"{', '.join(group.layers)}."
+            )
+        return torch.stack(found).mean(0)
+
+    def _at(self, group: Group, statistic: str, per: str, side: str) -> list[Tensor]:
+        found = []
+        for slot in group.slots:
+            total, count = self.of(f"{side}.{statistic}", slot.tensor), self.of(f"{side}.{per}", slot.tensor)
+            if slot.role == side and total is not None and count is not None and len(total) % slot.size == 0:
+                # a grouped convolution's weight has one position for several channels: one in every group
+                mean = (total / count).reshape(-1, slot.size).mean(0)
+                found.append(mean[torch.as_tensor(slot.indices)].mean(1))
+        return found
+
+    def _names(self, kind: str) -> frozenset[str]:
+        return frozenset(self.sums.get(kind, {}))
+
 
 @torch.inference_mode(False)
 def observe(
     model: nn.Module,
-    graph: Graph,
+    graph: Graph | None = None,
     data: Iterable[Any] | None = None,
     needs: Collection[str] = (),
     *,
+    positions: int | None = 64,
+    seed: int = 0,
     forward: Forward | None = None,
     loss: Loss | None = None,
 ) -> Evidence:
-    """Gather what criteria need; the model is copied, run in eval mode and left as it was.
+    """Gather what criteria need, all of it in one pass over `data`; the model is copied, run in eval mode, left as is.
 
-    `needs`: "gradient" fills `taylor[group]`, the mean over batches of (sum over a channel's output weights of
-    gradient x weight) squared, averaged over the layers that make the channel (Molchanov 2019, arXiv 1906.10771,
-    equation 8). `data`: batches, as `forward(model, batch)` and `loss(output, batch)` take them; the defaults serve
-    (x, y) pairs and Mappings. Raises InputError where a need has no data, DataError for data without batches or with a
-    loss that is no number.
+    `needs`, and the sums they fill (see `secateur.collecting`):
+
+    - "activation": moments of what every convolution and linear map reads and makes.
+    - "activation_gradient": |mean over positions of gradient x activation| per sample (Molchanov 2017).
+    - "gradient": gradients of parameters, and per group the mean over batches of (sum over a channel's output weights
+      of gradient x weight) squared, averaged over the layers that make it (Molchanov 2019, equation 8).
+    - "fisher": squared gradients of each sample. "hessian": the Hessian's diagonal, estimated (twice the cost of a
+      gradient and more). "input_norm": squares of what each weight meets. "gram": second moments of layer inputs.
+
+    `graph`: may be None where only weights are judged. `data`: batches, as `forward(model, batch)` and
+    `loss(output, batch)` take them; the defaults serve (x, y) pairs and Mappings. The loss is a mean over the batch.
+    `positions`: how many output positions of each sample "gram" looks at; None for all. `seed`: of what is drawn.
+
+    Memory does not grow with the data. Raises InputError where a need has no data or the loss is no scalar, DataError
+    for data without batches, or with NaN.
     """
     check_model(model)
-    check_shapes(tensor_shapes(model), graph.shapes, "the model", "the graph")
+    if graph is not None:
+        check_shapes(tensor_shapes(model), graph.shapes, "the model", "the graph")
     for need in needs:
         if need not in NEEDS:
             raise UnknownNameError("need", need, NEEDS)
@@ -85,52 +147,87 @@ def observe(
         return Evidence(tensors)
     if not isinstance(data, Iterable):
         raise InputError(f"evidence {', '.join(needs)} comes from data: pass data=, an iterable of batches.")
-    taylor, batches = _gradient_pass(model, graph, data, forward or default_forward, loss or default_loss)
-    return Evidence(tensors, taylor, batches)
+    private = observable(private_copy(model)).eval()
+    observation = Observation(private, graph, positions, torch.Generator().manual_seed(seed))
+    collectors = [COLLECTORS[need][0](observation) for need in dict.fromkeys(sorted(needs))]
+    samples, batches = _pass(observation, collectors, data, forward or default_forward, loss or default_loss)
+    return Evidence(tensors, observation.sums, samples, batches)
 
 
-def _gradient_pass(
-    model: nn.Module, graph: Graph, data: Iterable[Any], forward: Forward, loss: Loss
-) -> tuple[dict[str, Tensor], int]:
-    private = private_copy(model).eval()
-    parameters = dict(private.named_parameters())
+def _pass(
+    observation: Observation, collectors: list[Collector], data: Iterable[Any], forward: Forward, loss: Loss
+) -> tuple[int, int]:
+    """Run every batch through the model; returns how many samples and batches there were."""
+    model = observation.model
+    backward, second = (any(getattr(c, kind) for c in collectors) for kind in ("backward", "second"))
+    collectors = sorted(collectors, key=lambda collector: collector.second)
+    parameters = dict(model.named_parameters())
     for parameter in parameters.values():
-        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.requires_grad_(backward and parameter.is_floating_point())
     device = next(iter(parameters.values())).device
-    sums = {group.name: torch.zeros(group.channels, dtype=torch.float64, device=device) for group in graph.prunable}
-    batches = 0
+
+    def seen(call: LayerCall) -> None:
+        for collector in collectors:
+            collector.call(call)
+
+    watch = LayerCalls(model, seen)
+    samples = batches = 0
     for raw in data:
         batch = tree_map_only(Tensor, _usable, move(raw, device))
-        with torch.enable_grad():
-            value = loss(forward(private, batch), batch)
-        if not isinstance(value, Tensor) or value.dim() != 0:
-            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"loss(output, batch) must return a scalar tensor; got {got}.")
-        if not torch.isfinite(value):
-            raise DataError(f"the loss is {value.item()} on batch {batches}: check the data for NaN or infinity.")
-        if not value.requires_grad:
-            raise InputError("the loss does not depend on the model's parameters: it has no gradient.")
-        private.zero_grad(set_to_none=True)
-        torch.autograd.backward(value)
-        for group in graph.prunable:
-            sums[group.name] += _taylor(group, parameters)
+        observation.batch_samples = _size(batch)
+        with torch.set_grad_enabled(backward):
+            with watch:
+                output = forward(model, batch)
+            value = loss(output, batch) if backward else None
+        if value is None:
+            _check_output(output, batches)
+        else:
+            _check_loss(value, batches)
+            model.zero_grad(set_to_none=True)
+            _differentiate_(value, parameters, with_graph=second)
+        with torch.set_grad_enabled(second):
+            for collector in collectors:
+                collector.batch(parameters)
+        model.zero_grad(set_to_none=True)
+        samples += observation.batch_samples
         batches += 1
     if batches == 0:
         raise DataError("the data holds no batch; an exhausted generator? Pass something that can be iterated.")
-    return {name: (total / batches).cpu() for name, total in sums.items()}, batches
+    return samples, batches
+
+
+def _differentiate_(loss: Tensor, parameters: Mapping[str, nn.Parameter], *, with_graph: bool) -> None:
+    """Give every parameter its gradient; with its graph, where second derivatives are asked for."""
+    if not with_graph:
+        torch.autograd.backward(loss)
+        return
+    wanted = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    for parameter, gradient in zip(wanted, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def _check_loss(value: Any, batches: int) -> None:
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"loss(output, batch) must return a scalar tensor; got {got}.")
+    if not torch.isfinite(value):
+        raise DataError(f"the loss is {value.item()} on batch {batches}: check the data for NaN or infinity.")
+    if not value.requires_grad:
+        raise InputError("the loss does not depend on the model's parameters: it has no gradient.")
+
+
+def _check_output(output: Any, batches: int) -> None:
+    found = logits_of(output)
+    if found is not None and not torch.isfinite(found).all():
+        raise DataError(f"the output is not finite on batch {batches}: check the data for NaN or infinity.")
+
+
+def _size(batch: Any) -> int:
+    tensor = first_tensor(batch)
+    return tensor.shape[0] if tensor is not None and tensor.dim() else 1
 
 
 def _usable(tensor: Tensor) -> Tensor:
     """Autograd does not take part in what was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _taylor(group: Group, parameters: Mapping[str, Tensor]) -> Tensor | float:
-    """(channels,): the squared first-order effect of removing each channel, on this batch."""
-    effects = []
-    for slot in group.outputs:
-        weight = parameters.get(slot.tensor)
-        if weight is not None and weight.grad is not None:
-            products = (weight.grad * weight.detach()).movedim(slot.dim, 0)[torch.as_tensor(slot.indices)]
-            effects.append(products.flatten(1).double().sum(1).square())
-    return torch.stack(effects).mean(0) if effects else 0.0

@@ -13,7 +13,7 @@ def taylor_fo(group: Group, evidence: Evidence) -> Tensor:
 
     Source: Molchanov 2019, arXiv 1906.10771, equation 8: (sum over the filter of gradient x weight) squared.
     """
-    return evidence.taylor[group.name]
+    return evidence.sums["taylor_fo"][group.name] / evidence.batches
 
 
 taylor_fo.needs = ("gradient",)  # type: ignore[attr-defined]  # functions take attributes

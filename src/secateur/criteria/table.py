@@ -49,7 +49,7 @@ def score(graph: Graph, evidence: Evidence, criterion: str | Criterion, *, seed:
     UnknownNameError, and InputError for missing evidence or scores that are not finite or of the wrong length.
     """
     function = resolve(criterion)
-    missing = [need for need in needs_of(criterion) if need == "gradient" and not evidence.taylor]
+    missing = [need for need in needs_of(criterion) if not evidence.has(need)]
     if missing:
         raise InputError(f"criterion {criterion!r} needs {missing[0]} evidence: pass data= (to `prune` or `observe`).")
     seeded = replace(evidence, seed=seed)

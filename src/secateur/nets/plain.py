@@ -28,24 +28,24 @@ class Plain(nn.Module):
         return logits
 
 
-def vgg11(num_classes: int = 10) -> Plain:
+def vgg11(num_classes: int = 10, width: int = 64) -> Plain:
     """VGG-11 with BatchNorm for 32x32 images: Simonyan and Zisserman 2015, table 1 A; one linear layer as the head."""
-    return _vgg(VGG11, num_classes)
+    return _vgg(VGG11, num_classes, width)
 
 
-def vgg13(num_classes: int = 10) -> Plain:
+def vgg13(num_classes: int = 10, width: int = 64) -> Plain:
     """VGG-13 (table 1 B) with BatchNorm and one linear layer as the head, for 32x32 images."""
-    return _vgg(VGG13, num_classes)
+    return _vgg(VGG13, num_classes, width)
 
 
-def vgg16(num_classes: int = 10) -> Plain:
+def vgg16(num_classes: int = 10, width: int = 64) -> Plain:
     """VGG-16 (table 1 D) with BatchNorm and one linear layer as the head, for 32x32 images."""
-    return _vgg(VGG16, num_classes)
+    return _vgg(VGG16, num_classes, width)
 
 
-def vgg19(num_classes: int = 10) -> Plain:
+def vgg19(num_classes: int = 10, width: int = 64) -> Plain:
     """VGG-19 (table 1 E) with BatchNorm and one linear layer as the head, for 32x32 images."""
-    return _vgg(VGG19, num_classes)
+    return _vgg(VGG19, num_classes, width)
 
 
 def alexnet(num_classes: int = 10, image_size: int = 32) -> Plain:
@@ -91,11 +91,15 @@ def conv4(num_classes: int = 10, filters: int = 3) -> Plain:
     return Plain(nn.Sequential(*layers), nn.Linear(filters * 8 * 8, num_classes))
 
 
-def _vgg(widths: tuple[int, ...], num_classes: int) -> Plain:
+def _vgg(widths: tuple[int, ...], num_classes: int, first: int) -> Plain:
+    """`first`: channels of the first layer; the published networks have 64, and the others follow in proportion."""
+    if first < 1:
+        raise InputError(f"width is the number of channels of the first layer, at least 1; got {first}.")
     layers: list[nn.Module] = []
     channels = 3
-    for width in widths:
-        if width == POOL:
+    for published in widths:
+        width = published * first // 64
+        if published == POOL:
             layers.append(nn.MaxPool2d(2))
         else:
             # The bias does nothing in front of BatchNorm; the published networks have it.
