@@ -60,5 +60,9 @@ class DataError(SecateurError):
     """A data set is missing, empty or malformed."""
 
 
+class CalibrationError(DataError):
+    """Too little data for what is to be computed from it; the message says how much would do."""
+
+
 class TrainingError(SecateurError):
     """Training cannot go on (the loss is not a number) or cannot resume (the checkpoint is of another run)."""

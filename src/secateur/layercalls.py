@@ -134,6 +134,8 @@ class LayerCalls(TorchFunctionMode):
         super().__init__()
         self._names = {id(tensor): name for name, tensor in named_tensors(model).items()}
         self._seen = seen
+        self._last: LayerCall | None = None
+        self.norms: dict[str, str] = {}  # weight -> running mean of the BatchNorm that read the layer's output
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -144,7 +146,12 @@ class LayerCalls(TorchFunctionMode):
         if form is not None:
             call = form(func, self._names, output, args, kwargs or {})
             if call is not None:
+                self._last = call
                 self._seen(call)
+        elif func is F.batch_norm and self._last is not None and args[0] is self._last.output:
+            mean = kwargs.get("running_mean") if kwargs and "running_mean" in kwargs else args[1]
+            if id(mean) in self._names:
+                self.norms[self._last.name] = self._names[id(mean)]
         return output
 
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from secateur import repairing
 from secateur.batches import Forward, Loss
 from secateur.coupling.groups import Graph, trace
 from secateur.criteria.table import Criterion, needs_of, resolve, score
-from secateur.errors import InputError, TargetError, VerificationError
+from secateur.errors import CalibrationError, InputError, TargetError, VerificationError
 from secateur.evidence import observe
 from secateur.inputs import check_model, check_weights
 from secateur.plans import Plan, human
-from secateur.repairing import repair, repairable
+from secateur.repairing import DEFAULT_STEPS
 from secateur.schedules import Schedule
 from secateur.schedules import resolve as resolve_schedule
 from secateur.selection import make_plan, select
 from secateur.shrinking import shrink
 from secateur.targets import Target, macs_of, params_of
 from secateur.verification import verified_program, verify
+
+_REPAIRS = {
+    "batch_norm": "BatchNorm statistics re-estimated",
+    "fold": "constants folded",
+    "least_squares": "layers fitted by least squares",
+}
+_REPAIR_BATCHES = 100  # of an iterator, which can be read only once
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,18 @@ class Summary:
 
     criterion: str
     verified_difference: float  # to the zeroed original, relative to its largest output; before any repair
-    repaired: bool  # False: no data was given, so BatchNorm statistics are the dense model's
+    repairs: tuple[str, ...]  # the steps of `repair` that were taken
     channels: tuple[int, int]
     params: tuple[int, int]
     macs: tuple[int, int]  # of one forward pass on the example inputs
     locked: Mapping[str, str]  # group -> why it could not shrink
     unknown: Mapping[str, int]  # ops without a rule
+    left_out: str = ""  # why a step of the repair was left out
+
+    @property
+    def repaired(self) -> bool:
+        """Whether anything was repaired; without data nothing is."""
+        return bool(self.repairs)
 
     def __str__(self) -> str:
         (macs, macs_after), (params, params_after) = self.macs, self.params
@@ -47,8 +62,10 @@ class Summary:
             f"MACs       {human(macs)} -> {human(macs_after)} ({macs_after / max(macs, 1):.1%})",
             f"params     {human(params)} -> {human(params_after)} ({params_after / max(params, 1):.1%})",
             f"verified   equal to the zeroed original within {self.verified_difference:.1e}",
-            f"repaired   {'BatchNorm statistics re-estimated' if self.repaired else 'no: needs data= and BatchNorm'}",
+            f"repaired   {', '.join(_REPAIRS[step] for step in self.repairs) or 'no: that takes data='}",
         ]
+        if self.left_out:
+            lines.append(f"left out   {self.left_out}")
         if self.unknown:
             ops = ", ".join(f"{op} x{count}" for op, count in self.unknown.items())
             lines.append(f"unknown    {ops}: what these ops touch is locked")
@@ -94,6 +111,7 @@ def prune(
     ignore: Iterable[str | nn.Module] = (),
     prune_residual: bool = False,
     keep_at_least: int = 1,
+    repair: Collection[str] | None = None,
     seed: int = 0,
     form: str = "live",
     forward: Forward | None = None,
@@ -102,10 +120,11 @@ def prune(
     """Remove channels from a copy of `model`, prove the result, and repair it where `data` allows.
 
     Give `sparsity=` (the fraction of channels to remove, or {layer pattern: fraction}) or `target=`. `data`: training
-    batches for criteria that need them and for re-estimating BatchNorm statistics; without it repair is skipped and
-    the summary says so. `ignore`: modules whose outputs keep their width. `prune_residual`: widths under LayerNorm and
-    RMSNorm may shrink too (residual streams); the proof then takes norms over live channels. For the rest see `select`
-    and `score`.
+    batches for criteria that need them and for the repair; without it repair is skipped and the summary says so.
+    `repair`: the steps of `secateur.repair` to take; by default least squares, where the data is enough for it, and
+    BatchNorm statistics; `()` for none. `ignore`: modules whose outputs keep their width. `prune_residual`: widths
+    under LayerNorm and RMSNorm may shrink too (residual streams); the proof then takes norms over live channels. For
+    the rest see `select` and `score`.
 
     `form`: "live" gives the model's own class, in which a submodule may be replaced by its graph form. "graph" may
     replace the model itself, so that nothing is locked because of its Python code, and adds the pruned model as an
@@ -116,22 +135,16 @@ def prune(
     check_model(model)
     check_weights(model)
     graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual, form=form)
-    facts = observe(model, graph, data, needs_of(criterion), forward=forward, loss=loss)
+    facts = observe(model, graph, data, needs_of(criterion), seed=seed, forward=forward, loss=loss)
     scores = score(graph, facts, criterion, seed=seed)
 
     def chosen(graph: Graph) -> Plan:
         return select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least)
 
     graph, plan, small, difference = _proved(model, graph, chosen, example_inputs)
-    if data is not None:
-        small = repair(small, data, forward=forward)
+    small, repairs, left_out = _repaired(small, model, plan, data, repair, seed, forward)
     program = verified_program(small, example_inputs) if form == "graph" else None
-    return Pruned(
-        small,
-        plan,
-        _summary(graph, plan, criterion, difference, repaired=data is not None and repairable(small)),
-        program,
-    )
+    return Pruned(small, plan, _summary(graph, plan, criterion, difference, repairs, left_out), program)
 
 
 def prune_steps(
@@ -148,6 +161,7 @@ def prune_steps(
     ignore: Iterable[str | nn.Module] = (),
     prune_residual: bool = False,
     keep_at_least: int = 1,
+    repair: Collection[str] | None = None,
     seed: int = 0,
     forward: Forward | None = None,
     loss: Loss | None = None,
@@ -167,7 +181,7 @@ def prune_steps(
     macs, params = macs_of(dense)(full), params_of(dense)(full)
     total: Plan | None = None
     for number in range(1, steps + 1):
-        facts = observe(model, graph, data, needs, forward=forward, loss=loss)
+        facts = observe(model, graph, data, needs, seed=seed, forward=forward, loss=loss)
         scores = score(graph, facts, criterion, seed=seed + number - 1)
         goal = goal_at_the_end.part(due(number / steps), macs, params)
 
@@ -175,10 +189,9 @@ def prune_steps(
             return select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least, dense=dense)
 
         graph, plan, small, difference = _proved(model, graph, chosen, example_inputs)
-        if data is not None:
-            small = repair(small, data, forward=forward)
+        small, repairs, left_out = _repaired(small, model, plan, data, repair, seed, forward)
         total = plan if total is None else total.then(plan)
-        summary = _summary(graph, total, criterion, difference, repaired=data is not None and repairable(small))
+        summary = _summary(graph, total, criterion, difference, repairs, left_out)
         yield Step(number, steps, small, model, plan, total, summary)
         model = small
         if number < steps:
@@ -230,15 +243,46 @@ def _goal(sparsity: float | Mapping[str, float] | None, target: Target | None) -
     return target
 
 
-def _summary(graph: Graph, plan: Plan, criterion: str | Criterion, difference: float, *, repaired: bool) -> Summary:
+def _repaired(
+    small: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    data: Iterable[Any] | None,
+    steps: Collection[str] | None,
+    seed: int,
+    forward: Forward | None,
+) -> tuple[nn.Module, tuple[str, ...], str]:
+    """The repaired model, the steps that were taken, and why one was left out: data may be too little for it."""
+    if data is None:
+        if steps:
+            raise InputError(f"repair={tuple(steps)} looks at data: pass data=, an iterable of training batches.")
+        return small, (), ""
+    again = list(islice(data, _REPAIR_BATCHES)) if isinstance(data, Iterator) else data
+    chosen, left_out = DEFAULT_STEPS if steps is None else tuple(steps), ""
+    if plan.is_identity:
+        chosen = tuple(step for step in chosen if step == "batch_norm")
+    try:
+        mended = repairing.repair(small, again, dense=dense, plan=plan, steps=chosen, seed=seed, forward=forward)
+    except CalibrationError as error:
+        if steps is not None:
+            raise
+        chosen, left_out = ("batch_norm",), str(error)
+        mended = repairing.repair(small, again, steps=chosen, forward=forward)
+    return mended, tuple(step for step in chosen if step != "batch_norm" or repairing.repairable(small)), left_out
+
+
+def _summary(
+    graph: Graph, plan: Plan, criterion: str | Criterion, difference: float, repairs: tuple[str, ...], left_out: str
+) -> Summary:
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
     return Summary(
         criterion=name,
         verified_difference=difference,
-        repaired=repaired,
+        repairs=repairs,
         channels=plan.channels,
         params=plan.params,
         macs=plan.macs,
         locked={group.name: group.locked for group in graph.groups if group.locked is not None},
         unknown=graph.unknown,
+        left_out=left_out,
     )
