@@ -1,0 +1,149 @@
+"""Every method on CIFAR-10: channels at five levels, weights at five levels, our default against Torch-Pruning.
+
+    python benchmarks/methods.py channels --nets resnet20 --seeds 0 1 --data-dir DATA
+    python benchmarks/methods.py weights | contest | iterative | collect
+
+Finished trials are kept in runs/methods/*.jsonl; the same command goes on where it stopped, and several processes may
+run it side by side. `collect` writes benchmarks/results/methods.json. Everything is decided by the validation images;
+the test images are only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from dense import RUNS, TUNING, accuracy, dense, splits, training_batches
+from secateur.coupling.groups import Graph
+from secateur.criteria.table import CRITERIA, needs_of, resolve
+from secateur.data import Batches, Splits
+from secateur.evidence import Evidence
+from secateur.training import fit
+from trials import Trials
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the channels of every group
+TUNED_LEVELS = (0.3, 0.5)
+CALIBRATION = 2000  # augmented training images, for criteria and repair
+DENSE_EPOCHS = 36
+EXAMPLE = (1, 3, 32, 32)
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    for seed in options.seeds:
+        parts = splits(options.data_dir, seed)
+        for net in options.nets:
+            PARTS[options.part](options, Bench(net, seed, parts))
+
+
+class Bench:
+    """A dense network, and the data it is judged by."""
+
+    def __init__(self, net: str, seed: int, parts: Splits) -> None:
+        self.net, self.seed, self.parts = net, seed, parts
+        self.model = dense(net, parts, seed).model
+        self.example = torch.zeros(EXAMPLE)
+        drawn = Batches(parts.train, 250, seed=seed + 1000, augmentation=parts.augmentation)
+        self.calibration = [batch for batch, _ in zip(drawn, range(CALIBRATION // 250), strict=False)]
+
+    def scores(self, stage: str, model: nn.Module) -> dict[str, float]:
+        """Accuracy on the validation and on the test images."""
+        named = {"validation": self.parts.validation, "test": self.parts.test}
+        return {f"{stage}_{part}": accuracy(model, Batches(data, 500, shuffle=False)) for part, data in named.items()}
+
+    def tuned(self, model: nn.Module, epochs: int, hooks: tuple[object, ...] = (), **changes: Any) -> nn.Module:
+        """The model after a few more epochs of training, on crops and flips that it has not seen."""
+        batches = training_batches(self.parts, self.seed, first_epoch=DENSE_EPOCHS)
+        return fit(model, batches, replace(TUNING, epochs=epochs, seed=self.seed, **changes), hooks=hooks).model
+
+    def repaired(self, small: nn.Module, plan: sc.Plan) -> nn.Module:
+        """The model after repair without gradients."""
+        return sc.repair(small, self.calibration, dense=self.model, plan=plan, forward=in_bf16, seed=self.seed)
+
+
+def in_bf16(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The logits, under bfloat16 autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits: Tensor = model(batch[0].contiguous(memory_format=torch.channels_last))
+    return logits.float()
+
+
+def channels(options: argparse.Namespace, bench: Bench) -> None:
+    """Every channel criterion at every level: just cut, repaired, and fine-tuned at two of the levels."""
+    trials = Trials(RUNS / "methods" / "channels.jsonl")
+    graph = sc.trace(bench.model, bench.example)
+    for name in options.criteria or sorted(CRITERIA):
+        for scope in options.scopes:
+            unit = {"net": bench.net, "seed": bench.seed, "criterion": name, "scope": scope}
+            with trials.claimed(unit) as mine:
+                if mine:
+                    _levels(options, bench, graph, trials, unit)
+
+
+def _levels(options: argparse.Namespace, bench: Bench, graph: Graph, trials: Trials, unit: Mapping[str, Any]) -> None:
+    facts: Evidence | None = None
+    for level in LEVELS:
+        key = {**unit, "level": level}
+        found = trials.find(key)
+        tune = level in TUNED_LEVELS and options.tune
+        if found is not None and (not tune or trials.find({**key, "stage": "tuned"}) is not None):
+            continue
+        start = time.perf_counter()
+        if facts is None:
+            facts = sc.observe(bench.model, graph, bench.calibration, needs_of(unit["criterion"]), seed=bench.seed)
+        plan = _plan(bench, graph, facts, unit["criterion"], unit["scope"], level)
+        small = sc.shrink(bench.model, plan)
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        repaired = bench.repaired(small, plan)
+        repair_seconds = time.perf_counter() - start
+        if found is None:
+            values = {
+                **bench.scores("cut", small),
+                **bench.scores("repaired", repaired),
+                "verified_difference": sc.verify(bench.model, plan, small, bench.example),
+                "macs": list(plan.macs),
+                "params": list(plan.params),
+                "seconds": round(seconds, 2),
+                "repair_seconds": round(repair_seconds, 2),
+            }
+            trials.add({**key, "stage": "direct"}, values)
+            print(key, {name: value for name, value in values.items() if name.endswith("_test")}, flush=True)
+        if tune:
+            values = bench.scores("tuned", bench.tuned(repaired, 2))
+            trials.add({**key, "stage": "tuned"}, values)
+            print(key, values, flush=True)
+
+
+def _plan(bench: Bench, graph: Graph, facts: Evidence, criterion: str, scope: str, level: float) -> sc.Plan:
+    scores = sc.score(graph, facts, resolve(criterion), seed=bench.seed)
+    return sc.select(graph, scores, sc.Target(sparsity=level), scope=scope)
+
+
+PARTS = {"channels": channels}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=sorted(PARTS))
+    parser.add_argument("--data-dir", type=Path, help="folder of cifar10/*.parquet; default SECATEUR_DATA")
+    parser.add_argument("--nets", nargs="+", default=["resnet20"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--criteria", nargs="+", help="default: all")
+    parser.add_argument("--scopes", nargs="+", default=["layer"])
+    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="fine-tune as well")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
