@@ -11,6 +11,7 @@ the test images are only reported.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from dense import RUNS, TUNING, accuracy, dense, splits, training_batches
+from machine import describe
 from secateur.coupling.groups import Graph
 from secateur.criteria.table import CRITERIA, needs_of, resolve
 from secateur.data import Batches, Splits
@@ -33,6 +35,8 @@ from trials import Trials
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the channels of every group
 TUNED_LEVELS = (0.3, 0.5)
 CALIBRATION = 2000  # augmented training images, for criteria and repair
+WEIGHT_LEVELS = (0.5, 0.75, 0.875, 0.9375, 0.96875)
+MAX_MACS = 0.5
 DENSE_EPOCHS = 36
 EXAMPLE = (1, 3, 32, 32)
 
@@ -50,7 +54,7 @@ class Bench:
     """A dense network, and the data it is judged by."""
 
     def __init__(self, net: str, seed: int, parts: Splits) -> None:
-        self.net, self.seed, self.parts = net, seed, parts
+        self.net, self.checkpoint, self.seed, self.parts = net, seed, seed, parts
         self.model = dense(net, parts, seed).model
         self.example = torch.zeros(EXAMPLE)
         drawn = Batches(parts.train, 250, seed=seed + 1000, augmentation=parts.augmentation)
@@ -129,7 +133,139 @@ def _plan(bench: Bench, graph: Graph, facts: Evidence, criterion: str, scope: st
     return sc.select(graph, scores, sc.Target(sparsity=level), scope=scope)
 
 
-PARTS = {"channels": channels}
+def weights(options: argparse.Namespace, bench: Bench) -> None:
+    """Every weight criterion at every level: just zeroed, BatchNorm re-estimated, and fine-tuned under its masks."""
+    from secateur.criteria.weights import WEIGHT_CRITERIA
+
+    trials = Trials(RUNS / "methods" / "weights.jsonl")
+    for level in WEIGHT_LEVELS:
+        for name in options.criteria or sorted(WEIGHT_CRITERIA):
+            key = {"net": bench.net, "seed": bench.seed, "criterion": name, "level": level}
+            with trials.claimed(key) as mine:
+                if not mine or trials.find(key) is not None:
+                    continue
+                start = time.perf_counter()
+                masks = sc.make_masks(bench.model, name, level, data=bench.calibration, seed=bench.seed)
+                seconds = time.perf_counter() - start
+                sparse = masks.apply(bench.model)
+                normed = sc.repair(sparse, bench.calibration, forward=in_bf16)
+                values = {
+                    "sparsity": masks.sparsity,
+                    "seconds": round(seconds, 2),
+                    **bench.scores("cut", sparse),
+                    **bench.scores("normed", normed),
+                    **bench.scores("tuned", bench.tuned(normed, 2, hooks=(masks.hook(),))),
+                }
+                trials.add(key, values)
+                print(key, values, flush=True)
+
+
+def contest(options: argparse.Namespace, bench: Bench) -> None:
+    """Half of the MACs, equal fine-tuning: our settings and Torch-Pruning's, on the same checkpoint."""
+    trials = Trials(RUNS / "methods" / "contest.jsonl")
+    for tuning_seed in options.tuning_seeds:
+        bench.seed = tuning_seed
+        for setting in options.settings:
+            key = {"net": bench.net, "checkpoint": bench.checkpoint, "seed": tuning_seed, "setting": setting}
+            with trials.claimed(key) as mine:
+                if not mine or trials.find(key) is not None:
+                    continue
+                start = time.perf_counter()
+                small = _contender(bench, setting)
+                seconds = time.perf_counter() - start
+                values = {
+                    "seconds": round(seconds, 2),
+                    "macs": sc.count(small, bench.example).macs,
+                    "params": sc.count(small, bench.example).params,
+                    **bench.scores("start", small),
+                    **bench.scores("tuned", bench.tuned(small, options.epochs)),
+                    "epochs": options.epochs,
+                    "machine": describe(),
+                }
+                trials.add(key, values)
+                print(key, values, flush=True)
+
+
+def _contender(bench: Bench, setting: str) -> nn.Module:
+    """`default`, `torch_pruning:IMPORTANCE`, or `CRITERION:SCOPE[:STEP of the repair]`."""
+    library, _, rest = setting.partition(":")
+    target = sc.Target(max_macs=MAX_MACS)
+    if library == "torch_pruning":
+        return _torch_pruning(bench, rest)
+    if library == "default":
+        return sc.prune(
+            bench.model, bench.example, target=target, data=bench.calibration, seed=bench.seed, forward=in_bf16
+        ).model
+    scope, _, steps = rest.partition(":")
+    return sc.prune(
+        bench.model,
+        bench.example,
+        criterion=library,
+        scope=scope,
+        target=target,
+        data=bench.calibration,
+        repair=tuple(steps.split("+")) if steps else None,
+        seed=bench.seed,
+        forward=in_bf16,
+    ).model
+
+
+def _torch_pruning(bench: Bench, importance: str) -> nn.Module:
+    """Its group importances, ranked globally, in many small steps until the MACs are met, as its README does it."""
+    import torch_pruning as tp
+
+    model = copy.deepcopy(bench.model)
+    if importance == "taylor":
+        for x, y in bench.calibration:
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+    pruner = tp.pruner.BasePruner(
+        model,
+        bench.example,
+        importance={"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}[
+            importance
+        ](),
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=200,
+        ignored_layers=[model.fc],
+    )
+    limit = MAX_MACS * sc.count(bench.model, bench.example).macs
+    while sc.count(model, bench.example).macs > limit:
+        pruner.step()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def iterative(options: argparse.Namespace, bench: Bench) -> None:
+    """15 of 16 weights removed: at once, by halves with an epoch after each, or along a cubic; epochs are equal."""
+    from secateur.masking import Gradual
+
+    trials = Trials(RUNS / "methods" / "iterative.jsonl")
+    rounds = 4  # 1/2, 3/4, 7/8, 15/16
+    final = 1 - 0.5**rounds
+    for setting in ("direct", "iterative", "gradual"):
+        key = {"net": bench.net, "seed": bench.seed, "setting": setting, "epochs": rounds}
+        with trials.claimed(key) as mine:
+            if not mine or trials.find(key) is not None:
+                continue
+            model, values = bench.model, {}
+            if setting == "gradual":
+                steps = len(training_batches(bench.parts, bench.seed))
+                hook = Gradual("magnitude", final, schedule="cubic", scope="global", end=2 * steps)
+                model = bench.tuned(model, rounds, hooks=(hook,))
+            for number in range(1, rounds + 1) if setting == "iterative" else [rounds] if setting == "direct" else []:
+                masks = sc.make_masks(model, "magnitude", 1 - 0.5**number, scope="global")
+                model = sc.repair(masks.apply(model), bench.calibration, forward=in_bf16)
+                if number == rounds:
+                    values = bench.scores("before_last", model)
+                epochs = rounds if setting == "direct" else 1
+                model = bench.tuned(model, epochs, hooks=(masks.hook(),))
+            values = {**values, **bench.scores("tuned", model)}
+            trials.add(key, values)
+            print(key, values, flush=True)
+
+
+PARTS = {"channels": channels, "contest": contest, "iterative": iterative, "weights": weights}
 
 
 def _options() -> argparse.Namespace:
@@ -141,6 +277,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--criteria", nargs="+", help="default: all")
     parser.add_argument("--scopes", nargs="+", default=["layer"])
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="fine-tune as well")
+    parser.add_argument("--settings", nargs="+", default=["default", "torch_pruning:magnitude", "torch_pruning:taylor"])
+    parser.add_argument("--tuning-seeds", type=int, nargs="+", default=list(range(5)), help="of the contest")
+    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning in the contest")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
