@@ -7,7 +7,7 @@ sums. Sums over disjoint data add up, which is what makes evidence mergeable.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,15 @@ class Activations(Collector):
         """Add the moments of both sides."""
         for side, values in (("input", call.inputs()), ("output", call.outputs())):
             values = values.detach()  # noqa: PLW2901
-            squares = values.square().sum(2)
+            norms = [torch.linalg.vector_norm(values, order, dim=2) for order in (0, 1, 2)]  # reads, makes no copies
+            entries = values.shape[0] * values.shape[2]
             self._add(side, "sum", call, values.sum((0, 2)))
-            self._add(side, "square", call, squares.sum(0))
-            self._add(side, "absolute", call, values.abs().sum((0, 2)))
-            self._add(side, "zeros", call, (values == 0).sum((0, 2)))
-            self._add(side, "norm", call, squares.sqrt().sum(0))
+            self._add(side, "square", call, norms[2].square().sum(0))
+            self._add(side, "absolute", call, norms[1].sum(0))
+            self._add(side, "zeros", call, entries - norms[0].sum(0))
+            self._add(side, "norm", call, norms[2].sum(0))
             self._add(side, "samples", call, torch.tensor(values.shape[0]))
-            self._add(side, "count", call, torch.tensor(values.shape[0] * values.shape[2]))
+            self._add(side, "count", call, torch.tensor(entries))
 
     def _add(self, side: str, statistic: str, call: LayerCall, value: Tensor) -> None:
         self.observation.add(f"{side}.{statistic}", call.name, value)
@@ -92,16 +93,16 @@ class ActivationGradients(Collector):
         """Listen for the gradients of both sides."""
         for side, tensor, shaped in (("input", call.input, call.inputs), ("output", call.output, call.outputs)):
             if tensor.requires_grad:
-                values = shaped().detach()
-                self._listen(side, call, tensor, values)
+                self._listen(
+                    side, replace(call, input=tensor.detach(), output=tensor.detach()), tensor, shaped().detach()
+                )
 
     def _listen(self, side: str, call: LayerCall, tensor: Tensor, values: Tensor) -> None:
-        def hook(gradient: Tensor) -> None:
+        def hook(gradient: Tensor) -> None:  # holds nothing that leads back to `tensor`: such a cycle lives on
             if not self.observation.listening:
                 return
-            shaped = LayerCall(call.name, call.weight, gradient, gradient, call.window).inputs()
-            effect = (shaped * values).mean(2).abs().sum(0) * self.observation.batch_samples
-            self.observation.add(f"{side}.taylor", call.name, effect)
+            effect = (replace(call, input=gradient).inputs() * values).mean(2).abs().sum(0)
+            self.observation.add(f"{side}.taylor", call.name, effect * self.observation.batch_samples)
             self.observation.add(f"{side}.taylor_samples", call.name, torch.tensor(values.shape[0]))
 
         tensor.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -145,13 +146,11 @@ class Fisher(Collector):
         """Listen for the gradient of the output."""
         if not call.output.requires_grad or not call.has_patches:
             return
-        values = call.input.detach()
+        seen = replace(call, input=call.input.detach(), output=call.output.detach())  # no cycle through the hook
 
         def hook(gradient: Tensor) -> None:
-            if not self.observation.listening:
-                return
-            seen = LayerCall(call.name, call.weight, values, gradient, call.window, call.transposed)
-            self.observation.add("fisher", call.name, self._squares(seen))
+            if self.observation.listening:
+                self.observation.add("fisher", seen.name, self._squares(replace(seen, output=gradient)))
 
         call.output.register_hook(hook)  # type: ignore[no-untyped-call]
 
