@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from dense import RUNS, TUNING, accuracy, dense, splits, training_batches
+from dense import BATCH_SIZE, NETS, RUNS, TUNING, accuracy, dense, splits, training_batches
 from machine import describe
 from secateur.coupling.groups import Graph
 from secateur.criteria.table import CRITERIA, needs_of, resolve
 from secateur.data import Batches, Splits
 from secateur.evidence import Evidence
+from secateur.files import write_bytes
 from secateur.training import fit
 from trials import Trials
 
+HERE = Path(__file__).parent
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the channels of every group
 TUNED_LEVELS = (0.3, 0.5)
 CALIBRATION = 2000  # augmented training images, for criteria and repair
@@ -43,6 +46,9 @@ EXAMPLE = (1, 3, 32, 32)
 
 def main() -> None:
     options = _options()
+    if options.part == "collect":
+        collect()
+        return
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         parts = splits(options.data_dir, seed)
@@ -56,6 +62,9 @@ class Bench:
     def __init__(self, net: str, seed: int, parts: Splits) -> None:
         self.net, self.checkpoint, self.seed, self.parts = net, seed, seed, parts
         self.model = dense(net, parts, seed).model
+        known = Trials(RUNS / "methods" / "dense.jsonl")
+        if known.find({"net": net, "seed": seed}) is None:
+            known.add({"net": net, "seed": seed}, self.scores("dense", self.model))
         self.example = torch.zeros(EXAMPLE)
         drawn = Batches(parts.train, 250, seed=seed + 1000, augmentation=parts.augmentation)
         self.calibration = [batch for batch, _ in zip(drawn, range(CALIBRATION // 250), strict=False)]
@@ -265,12 +274,28 @@ def iterative(options: argparse.Namespace, bench: Bench) -> None:
             print(key, values, flush=True)
 
 
+def collect() -> None:
+    """Put what is finished into the results."""
+    names = ("channels", "contest", "iterative", "weights", "dense")
+    rows = {name: Trials(RUNS / "methods" / f"{name}.jsonl").rows() for name in names}
+    tuning = {name: value for name, value in asdict(TUNING).items() if name not in ("seed", "epochs")}
+    protocol = {
+        "data": "cifar10: 49,000 train, 1,000 validation (by seed), 10,000 test; last epoch",
+        "calibration": f"{CALIBRATION:,} augmented training images, for criteria and repair",
+        "tuning": {**tuning, "batch_size": BATCH_SIZE},
+        "titles": {name: net.title for name, net in NETS.items()},
+        "max_macs": MAX_MACS,
+    }
+    results = {"protocol": protocol, "machine": describe(), **rows}
+    write_bytes(HERE / "results" / "methods.json", (json.dumps(results, indent=None) + "\n").encode())
+
+
 PARTS = {"channels": channels, "contest": contest, "iterative": iterative, "weights": weights}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=sorted(PARTS))
+    parser.add_argument("part", choices=[*sorted(PARTS), "collect"])
     parser.add_argument("--data-dir", type=Path, help="folder of cifar10/*.parquet; default SECATEUR_DATA")
     parser.add_argument("--nets", nargs="+", default=["resnet20"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
