@@ -159,8 +159,8 @@ class Fisher(Collector):
         samples = self.observation.batch_samples
         gradients = call.outputs()
         rows = gradients.shape[0]
-        every = torch.arange(gradients.shape[2], device=gradients.device).expand(rows, -1)
-        entries = call.weight[0].numel() * every.shape[1] + call.weight.numel()
+        places = gradients.shape[2]
+        entries = call.weight[0].numel() * places + call.weight.numel()
         chunk = max(1, CHUNK_BYTES // (4 * entries))
         together = rows // samples if rows % samples == 0 else 1  # rows per sample, such as windows of an image
         chunk = max(together, chunk // together * together)
@@ -169,9 +169,9 @@ class Fisher(Collector):
             total = total.T
         for start in range(0, rows, chunk):
             part = LayerCall(call.name, call.weight, _rows(call.input, call, start, chunk), call.output, call.window)
-            patches = part.patches(every[start : start + chunk])  # (groups, rows * P, K)
+            patches = part.patches()  # (groups, rows * P, K)
             groups, _, inputs = patches.shape
-            patches = patches.reshape(groups, -1, together * every.shape[1], inputs)
+            patches = patches.reshape(groups, -1, together * places, inputs)
             part_gradients = gradients[start : start + chunk].transpose(1, 2)  # (rows, P, out)
             outputs = part_gradients.reshape(patches.shape[1], -1, groups, part_gradients.shape[2] // groups)
             each = torch.einsum("gnpk,npgo->ngok", patches, outputs * samples)

@@ -77,23 +77,26 @@ class LayerCall:
         picked = values.gather(2, positions[:, None, :].expand(-1, values.shape[1], -1))
         return picked.transpose(1, 2).flatten(0, 1)
 
-    def patches(self, positions: Tensor) -> Tensor:
+    def patches(self, positions: Tensor | None = None) -> Tensor:
         """(groups, samples * p, in / groups * taps): what each output at these positions is computed from.
 
-        The last dimension is in the order of the weight: channel first, then tap.
+        The last dimension is in the order of the weight: channel first, then tap. None: all positions, in order.
         """
         if self.window is None:
             values = self._by_channel(self.input)
+            if positions is None:
+                return values.transpose(1, 2).flatten(0, 1)[None]
             picked = values.gather(2, positions[:, None, :].expand(-1, values.shape[1], -1))
             return picked.transpose(1, 2).flatten(0, 1)[None]
         windows = self._windows(_wide(_batched(self.input, self.weight.dim())))
         dims = windows.dim() // 2 - 1
         sizes = windows.shape[2 : 2 + dims]
-        samples = torch.arange(positions.shape[0], device=positions.device)[:, None].expand_as(positions)
-        where = torch.unravel_index(positions, sizes)
         moved = windows.movedim(1, 1 + dims)  # (N, o1, o2, ..., C, k1, k2, ...)
-        rows = moved[(samples, *where)].flatten(0, 1).flatten(2)  # (N * p, C, taps)
-        return rows.reshape(rows.shape[0], self.groups, -1).transpose(0, 1)
+        if positions is not None:
+            samples = torch.arange(positions.shape[0], device=positions.device)[:, None].expand_as(positions)
+            moved = moved[(samples, *torch.unravel_index(positions, sizes))]  # (N, p, C, k1, k2, ...)
+        rows = moved.reshape(-1, self.groups, windows.shape[1] // self.groups * self.weight[0, 0].numel())
+        return rows.transpose(0, 1)
 
     def tap_squares(self) -> Tensor:
         """(in channels, taps): the sum over samples and positions of the squared input that meets each weight."""

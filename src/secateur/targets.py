@@ -49,6 +49,13 @@ class Target:
         """The same target with budgets in absolute numbers, for a dense model of the given cost."""
         return replace(self, max_macs=_absolute(self.max_macs, macs), max_params=_absolute(self.max_params, params))
 
+    def final(self, macs: int, params: int) -> float:
+        """The fraction that is gone when the target is met, of a dense model of the given cost; in [0, 1)."""
+        if self.sparsity is not None:
+            return max(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else self.sparsity
+        goal, dense = self.absolute(macs, params), {"max_macs": macs, "max_params": params}
+        return max(0.0, *(1 - budget / max(dense[name], 1) for name, budget in goal.budgets.items()))
+
     def part(self, fraction: float, macs: int, params: int) -> Target:
         """The target when `fraction` in [0, 1] of the way is due, for a dense model of the given cost."""
         if isinstance(self.sparsity, Mapping):
