@@ -144,13 +144,13 @@ class Fisher(Collector):
 
     def call(self, call: LayerCall) -> None:
         """Listen for the gradient of the output."""
-        if not call.output.requires_grad or not call.has_patches:
+        if not call.output.requires_grad:
             return
         seen = replace(call, input=call.input.detach(), output=call.output.detach())  # no cycle through the hook
 
         def hook(gradient: Tensor) -> None:
             if self.observation.listening:
-                self.observation.add("fisher", seen.name, self._squares(replace(seen, output=gradient)))
+                self.observation.add("fisher", seen.name, self._squares(_differentiated(seen, gradient)))
 
         call.output.register_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -177,6 +177,16 @@ class Fisher(Collector):
             each = torch.einsum("gnpk,npgo->ngok", patches, outputs * samples)
             total += each.square().sum(0).flatten(0, 1).double().cpu()
         return (total.T if call.transposed else total).reshape(call.weight.shape)
+
+
+def _differentiated(call: LayerCall, gradient: Tensor) -> LayerCall:
+    """The call whose patches, times its outputs, give the weight's gradient.
+
+    A transposed convolution's is that of the convolution the other way, from the gradient to the input.
+    """
+    if call.window is None or not call.window.transposed:
+        return replace(call, output=gradient)
+    return replace(call, input=gradient, output=call.input, window=replace(call.window, transposed=False))
 
 
 def _rows(tensor: Tensor, call: LayerCall, start: int, count: int) -> Tensor:

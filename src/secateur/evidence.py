@@ -26,6 +26,7 @@ class Evidence:
     """Weights always; sums over the data where they were asked for. Sums over disjoint data can be merged."""
 
     tensors: Mapping[str, Tensor]  # every parameter and buffer, detached
+    parameters: frozenset[str] = frozenset()  # the names of those that are parameters
     sums: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # statistic -> tensor or group -> float64
     samples: int = 0
     batches: int = 0
@@ -143,15 +144,16 @@ def observe(
             raise UnknownNameError("need", need, NEEDS)
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     check_weights(model)
+    evidence = Evidence(tensors, frozenset(name for name, _ in model.named_parameters()))
     if not needs:
-        return Evidence(tensors)
+        return evidence
     if not isinstance(data, Iterable):
         raise InputError(f"evidence {', '.join(needs)} comes from data: pass data=, an iterable of batches.")
     private = observable(private_copy(model)).eval()
     observation = Observation(private, graph, positions, torch.Generator().manual_seed(seed))
     collectors = [COLLECTORS[need][0](observation) for need in dict.fromkeys(sorted(needs))]
     samples, batches = _pass(observation, collectors, data, forward or default_forward, loss or default_loss)
-    return Evidence(tensors, observation.sums, samples, batches)
+    return replace(evidence, sums=observation.sums, samples=samples, batches=batches)
 
 
 def _pass(

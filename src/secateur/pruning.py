@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from secateur import repairing
 from secateur.batches import Forward, Loss
 from secateur.coupling.groups import Graph, trace
-from secateur.criteria.table import Criterion, needs_of, resolve, score
+from secateur.criteria.sequential import Greedy
+from secateur.criteria.table import Criterion, is_raw, needs_of, resolve, score
 from secateur.errors import CalibrationError, InputError, TargetError, VerificationError
 from secateur.evidence import observe
 from secateur.inputs import check_model, check_weights
+from secateur.ordering import select_in_order
 from secateur.plans import Plan, human
 from secateur.repairing import DEFAULT_STEPS
-from secateur.schedules import Schedule
+from secateur.schedules import LAYER_BY_LAYER, Schedule, in_turn, named_in, steps_of
 from secateur.schedules import resolve as resolve_schedule
 from secateur.selection import make_plan, select
 from secateur.shrinking import shrink
@@ -102,7 +104,7 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     *,
-    criterion: str | Criterion = "l2",
+    criterion: str | Criterion | Greedy = "l2",
     sparsity: float | Mapping[str, float] | None = None,
     target: Target | None = None,
     data: Iterable[Any] | None = None,
@@ -131,16 +133,11 @@ def prune(
     exported program with open batch size and sequence length (`Pruned.program`), checked against it.
     """
     goal = _goal(sparsity, target)
-    resolve(criterion)
+    how = _How(criterion, data, scope, round_to, keep_at_least, forward, loss)
     check_model(model)
     check_weights(model)
     graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual, form=form)
-    facts = observe(model, graph, data, needs_of(criterion), seed=seed, forward=forward, loss=loss)
-    scores = score(graph, facts, criterion, seed=seed)
-
-    def chosen(graph: Graph) -> Plan:
-        return select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least)
-
+    chosen = how.choice(model, graph, goal, seed)
     graph, plan, small, difference = _proved(model, graph, chosen, example_inputs)
     small, repairs, left_out = _repaired(small, model, plan, data, repair, seed, forward)
     program = verified_program(small, example_inputs) if form == "graph" else None
@@ -152,9 +149,9 @@ def prune_steps(
     example_inputs: Any,
     target: Target,
     *,
-    criterion: str | Criterion = "l2",
+    criterion: str | Criterion | Greedy = "l2",
     schedule: str | Schedule = "cubic",
-    steps: int = 5,
+    steps: int | None = None,
     data: Iterable[Any] | None = None,
     scope: str = "layer",
     round_to: int = 1,
@@ -168,27 +165,33 @@ def prune_steps(
 ) -> Iterator[Step]:
     """Prune little by little: yields after each step; train `step.model` in place before asking for the next.
 
-    `schedule` says which part of the target is due after each of `steps` steps: "cubic", "linear", "one_shot", or a
-    function of progress in (0, 1]. Targets are about the dense model throughout. Every step is verified.
+    `schedule` says which part of the target is due after each of `steps` steps: "one_shot", "linear", "geometric",
+    "cubic", "stepwise" (0.5 % of the channels each time), or a function of progress in (0, 1]; "layer_by_layer" brings
+    one layer after the other to the whole sparsity. `steps`: by default as many as the schedule asks for, else 5.
+    Targets are about the dense model throughout. Every step is verified. For the other arguments see `prune`.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise InputError(f"steps is a whole number, at least 1; got {steps!r}.")
-    goal_at_the_end = _goal(None, target)
-    due, needs = resolve_schedule(schedule), needs_of(criterion)
-    graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
-    dense = graph
+    goal = _goal(None, target)
+    how = _How(criterion, data, scope, round_to, keep_at_least, forward, loss)
+    in_layers = schedule == LAYER_BY_LAYER
+    if in_layers and goal.sparsity is None:
+        raise TargetError("'layer_by_layer' brings each layer to a sparsity: pass Target(sparsity=...), not a budget.")
+    graph = dense = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
     full = [group.channels for group in dense.groups]
     macs, params = macs_of(dense)(full), params_of(dense)(full)
+    final = goal.final(macs, params)
+    due = (lambda progress: progress) if in_layers else resolve_schedule(schedule, final)
+    asked = steps_of(schedule, final, dense)
+    if in_layers and steps not in (None, asked):
+        raise InputError(f"'layer_by_layer' takes {asked} steps for this model, one per layer; got steps={steps}.")
+    steps = steps or asked or 5
     total: Plan | None = None
     for number in range(1, steps + 1):
-        facts = observe(model, graph, data, needs, seed=seed, forward=forward, loss=loss)
-        scores = score(graph, facts, criterion, seed=seed + number - 1)
-        goal = goal_at_the_end.part(due(number / steps), macs, params)
-
-        def chosen(graph: Graph, scores: Mapping[str, Tensor] = scores, goal: Target = goal) -> Plan:
-            return select(graph, scores, goal, scope=scope, round_to=round_to, keep_at_least=keep_at_least, dense=dense)
-
-        graph, plan, small, difference = _proved(model, graph, chosen, example_inputs)
+        part = _turn_of(goal, graph) if in_layers else goal.part(due(number / steps), macs, params)
+        open_now = in_turn(graph, dense, number) if in_layers else graph
+        chosen = how.choice(model, open_now, part, seed + number - 1, dense)
+        graph, plan, small, difference = _proved(model, open_now, chosen, example_inputs)
         small, repairs, left_out = _repaired(small, model, plan, data, repair, seed, forward)
         total = plan if total is None else total.then(plan)
         summary = _summary(graph, total, criterion, difference, repairs, left_out)
@@ -196,6 +199,45 @@ def prune_steps(
         model = small
         if number < steps:
             graph = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How channels are chosen. Made before any work, so that what cannot be is refused at once."""
+
+    criterion: str | Criterion | Greedy
+    data: Iterable[Any] | None
+    scope: str
+    round_to: int
+    keep_at_least: int
+    forward: Forward | None
+    loss: Loss | None
+
+    def __post_init__(self) -> None:
+        needs = needs_of(self.criterion)
+        if needs and self.data is None:
+            raise InputError(f"criterion {self.criterion!r} needs {', '.join(needs)} evidence: pass data=.")
+        if isinstance(resolve(self.criterion), Greedy) and self.scope != "layer":
+            raise InputError(f"{self.criterion!r} goes layer by layer: it takes scope='layer', not {self.scope!r}.")
+
+    def choice(
+        self, model: nn.Module, graph: Graph, goal: Target, seed: int, dense: Graph | None = None
+    ) -> Callable[[Graph], Plan]:
+        """What chooses: by scores, taken now from the model, or in order, measuring again after each group."""
+        criterion = resolve(self.criterion)
+        limits: dict[str, Any] = {"round_to": self.round_to, "keep_at_least": self.keep_at_least, "dense": dense}
+        data: dict[str, Any] = {"seed": seed, "forward": self.forward, "loss": self.loss}
+        if isinstance(criterion, Greedy):
+            return lambda graph: select_in_order(model, graph, criterion, goal, self.data, **limits, **data)
+        facts = observe(model, graph, self.data, needs_of(criterion), **data)
+        scores = score(graph, facts, self.criterion, seed=seed)
+        limits["normalise"] = not is_raw(criterion)
+        return lambda graph: select(graph, scores, goal, scope=self.scope, **limits)
+
+
+def _turn_of(goal: Target, graph: Graph) -> Target:
+    """The target as far as it is about this graph: patterns that name nothing of it are left out."""
+    return replace(goal, sparsity=named_in(goal.sparsity, graph)) if isinstance(goal.sparsity, Mapping) else goal
 
 
 def _proved(
@@ -272,7 +314,12 @@ def _repaired(
 
 
 def _summary(
-    graph: Graph, plan: Plan, criterion: str | Criterion, difference: float, repairs: tuple[str, ...], left_out: str
+    graph: Graph,
+    plan: Plan,
+    criterion: str | Criterion | Greedy,
+    difference: float,
+    repairs: tuple[str, ...],
+    left_out: str,
 ) -> Summary:
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
     return Summary(

@@ -178,7 +178,8 @@ class _Targets:
         """Per batch and call of that layer."""
         if layers[number].name not in self.fetched:
             shapes = named_tensors(self.dense)
-            ahead, used = {}, 0
+            ahead: dict[str, Layer] = {}
+            used = 0
             for layer in layers[number:]:
                 used += 4 * layer.rows * shapes[layer.name].shape[layer.out_dim]
                 if ahead and used > TARGET_BYTES:

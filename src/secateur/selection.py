@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ from secateur.errors import InputError, NothingToPruneError, TargetError, Unknow
 from secateur.plans import Cut, Edit, Plan, Width, human
 from secateur.targets import Cost, Target, macs_of, params_of
 
-SCOPES = ("global", "layer")
+SCOPES = ("global", "isomorphic", "layer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,34 +70,50 @@ def select(
 
     `scores`: per group name (channels,), higher means keep. `scope`: `layer`, every group loses the same fraction,
     rounded down; `global`, all channels compete, their scores first divided by their group's mean magnitude unless
-    `normalise` is False (DepGraph, arXiv 2301.12900). `round_to`: widths that shrink end at a multiple of it (in a
-    layer of several groups, each group's part). `keep_at_least`: channels that every group keeps. `dense`: the graph of
-    the model that the target is about, where `graph` is of a model shrunk from it.
+    `normalise` is False (DepGraph, arXiv 2301.12900); `isomorphic`, the same among groups of equal structure, each such
+    class losing the same fraction (Fang 2024, arXiv 2407.04616). `round_to`: widths that shrink end at a multiple of it
+    (in a layer of several groups, each group's part). `keep_at_least`: channels that every group keeps. `dense`: the
+    graph of the model that the target is about, where `graph` is of a model shrunk from it.
 
     Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
     not fit, NothingToPruneError when every group is locked.
     """
-    dense = dense or graph
+    limits = (scope, round_to, keep_at_least)
+    kept = channels_to_keep(graph, scores, target, *limits, normalise=normalise, dense=dense or graph)
+    return make_plan(graph, kept, macs_of(graph), params_of(graph))
+
+
+def channels_to_keep(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    target: Target,
+    scope: str,
+    round_to: int,
+    keep_at_least: int,
+    *,
+    normalise: bool,
+    dense: Graph,
+) -> list[npt.NDArray[np.int64]]:
+    """What `select` decides: per group of `graph` the channels that stay, ascending."""
     _check_options(dense, scope, round_to, keep_at_least)
     check_scores(graph, scores)
-    blocks = _blocks(graph, dense, scores, round_to, keep_at_least, normalise and scope == "global")
-    macs, params = macs_of(graph), params_of(graph)
+    blocks = _blocks(graph, dense, scores, round_to, keep_at_least, normalise and scope != "layer")
     if isinstance(target.sparsity, Mapping):
         gone = _until_patterns(graph, blocks, target.sparsity)
     elif target.sparsity is not None and scope == "layer":
         gone = [_rounded_down(block, target.sparsity) for block in blocks]
     elif target.sparsity is not None:
-        gone = _until_sparsity(graph, dense, blocks, _ordered_steps(blocks, scope), target.sparsity)
+        gone = _until_sparsity(graph, dense, blocks, _ordered_steps(graph, blocks, scope), target.sparsity)
     else:
         full = [group.channels for group in dense.groups]
         goal = target.absolute(macs_of(dense)(full), params_of(dense)(full))
-        costs = {"max_macs": macs, "max_params": params}
-        gone = _until_budget(graph, blocks, _ordered_steps(blocks, scope), goal, costs)
+        costs = {"max_macs": macs_of(graph), "max_params": params_of(graph)}
+        gone = _until_budget(graph, blocks, _ordered_steps(graph, blocks, scope), goal, costs)
     kept = [np.arange(group.channels) for group in graph.groups]
     for block, count in zip(blocks, gone, strict=True):
         for group, order in zip(block.groups, block.orders, strict=True):
             kept[group] = np.sort(order[count:])
-    return make_plan(graph, kept, macs, params)
+    return kept
 
 
 def _check_options(graph: Graph, scope: str, round_to: int, keep_at_least: int) -> None:
@@ -184,7 +200,7 @@ def _fixed_positions(graph: Graph) -> Counter[tuple[str, int]]:
     return fixed
 
 
-def _ordered_steps(blocks: Sequence[Block], scope: str) -> list[Step]:
+def _ordered_steps(graph: Graph, blocks: Sequence[Block], scope: str) -> list[Step]:
     steps = []
     for number, block in enumerate(blocks):
         before = block.original - block.channels  # gone in earlier prunings
@@ -192,9 +208,33 @@ def _ordered_steps(blocks: Sequence[Block], scope: str) -> list[Step]:
         upto = 0
         for size, score in zip(block.sizes, running.tolist(), strict=True):
             upto += size
-            key = score if scope == "global" else (before + upto) / block.original
+            key = (before + upto) / block.original if scope == "layer" else score
             steps.append(Step(number, upto, size, key))
-    return sorted(steps, key=lambda step: (step.key, step.block, step.upto))
+    ordered = sorted(steps, key=lambda step: (step.key, step.block, step.upto))
+    return _evenly_by_class(graph, blocks, ordered) if scope == "isomorphic" else ordered
+
+
+def _evenly_by_class(graph: Graph, blocks: Sequence[Block], steps: Sequence[Step]) -> list[Step]:
+    """The same steps, so that at any point every class of blocks has lost about the same fraction of its channels."""
+    structures = [_structure(graph, block) for block in blocks]
+    gone: Counter[Hashable] = Counter()
+    whole: Counter[Hashable] = Counter()
+    for structure, block in zip(structures, blocks, strict=True):
+        whole[structure] += block.original * block.weight
+        gone[structure] += (block.original - block.channels) * block.weight
+    spread = []
+    for step in steps:
+        structure = structures[step.block]
+        gone[structure] += step.size * blocks[step.block].weight
+        spread.append(replace(step, key=gone[structure] / whole[structure]))
+    return sorted(spread, key=lambda step: step.key)  # stable: inside a class the order stays
+
+
+def _structure(graph: Graph, block: Block) -> Hashable:
+    """What a block is made of, names and widths aside: dimensions of tensors, with their roles and kernels."""
+    slots = [slot for number in block.groups for slot in graph.groups[number].slots]
+    kinds = [(slot.role, slot.dim, len(graph.shapes[slot.tensor]), graph.shapes[slot.tensor][2:]) for slot in slots]
+    return tuple(sorted(kinds))
 
 
 def _means(block: Block) -> npt.NDArray[np.float64]:
