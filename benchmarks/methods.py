@@ -27,10 +27,12 @@ import secateur as sc
 from dense import BATCH_SIZE, NETS, RUNS, TUNING, accuracy, dense, splits, training_batches
 from machine import describe
 from secateur.coupling.groups import Graph
-from secateur.criteria.table import CRITERIA, needs_of, resolve
+from secateur.criteria.sequential import Greedy
+from secateur.criteria.table import CRITERIA, is_raw, needs_of, resolve
 from secateur.data import Batches, Splits
 from secateur.evidence import Evidence
 from secateur.files import write_bytes
+from secateur.ordering import select_in_order
 from secateur.training import fit
 from trials import Trials
 
@@ -112,7 +114,7 @@ def _levels(options: argparse.Namespace, bench: Bench, graph: Graph, trials: Tri
         if found is not None and (not tune or trials.find({**key, "stage": "tuned"}) is not None):
             continue
         start = time.perf_counter()
-        if facts is None:
+        if facts is None:  # greedy ones look for themselves
             facts = sc.observe(bench.model, graph, bench.calibration, needs_of(unit["criterion"]), seed=bench.seed)
         plan = _plan(bench, graph, facts, unit["criterion"], unit["scope"], level)
         small = sc.shrink(bench.model, plan)
@@ -138,8 +140,11 @@ def _levels(options: argparse.Namespace, bench: Bench, graph: Graph, trials: Tri
 
 
 def _plan(bench: Bench, graph: Graph, facts: Evidence, criterion: str, scope: str, level: float) -> sc.Plan:
-    scores = sc.score(graph, facts, resolve(criterion), seed=bench.seed)
-    return sc.select(graph, scores, sc.Target(sparsity=level), scope=scope)
+    found, target = resolve(criterion), sc.Target(sparsity=level)
+    if isinstance(found, Greedy):
+        return select_in_order(bench.model, graph, found, target, bench.calibration, seed=bench.seed)
+    scores = sc.score(graph, facts, criterion, seed=bench.seed)
+    return sc.select(graph, scores, target, scope=scope, normalise=not is_raw(criterion))
 
 
 def weights(options: argparse.Namespace, bench: Bench) -> None:

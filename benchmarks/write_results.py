@@ -18,6 +18,7 @@ from typing import Any
 from coupling_tables import headline_lines, protocol_line
 from exports import section_lines
 from method_tables import section_lines as method_lines
+from observing import section_lines as observing_lines
 from scaling import section_lines as scaling_lines
 
 HERE = Path(__file__).resolve().parent
@@ -180,6 +181,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "cifar10_resnet20": cifar10_resnet20,
     "coupling": coupling,
     "exports": exports,
+    "observing": lambda results, file: "\n".join(observing_lines(results, file)),
     "methods": lambda results, file: "\n".join(method_lines(results, file)),
     "scaling": scaling,
 }
