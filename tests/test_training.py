@@ -4,7 +4,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from secateur import batches as batching
 from secateur.data import Augmentation, Batches, Dataset
 from secateur.errors import DataError, InputError, SecateurError, TrainingError
-from secateur.training import Epoch, Recipe, evaluate, fit, learning_rate
+from secateur.training import Epoch, Recipe, Snapshot, evaluate, fit, learning_rate
+from secateur.training import hooks as hooking
 from secateur.training import progress as progressing
 
 QUICK = Recipe(epochs=3, lr=0.05)
@@ -550,6 +551,130 @@ def test_a_hook_without_a_known_method_is_refused() -> None:
 
     with pytest.raises(InputError, match="after_backward, after_step, after_epoch"):
         fit(net(), data(), QUICK, hooks=[Typo()])
+
+
+def test_a_frozen_dataclass_hook_is_its_settings_in_a_checkpoint(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Push:
+        strength: float
+        shape: Any = field(default=math.sin)
+
+        def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            pass
+
+    fit(net(), data(), QUICK, hooks=[Push(0.5)], checkpoint=tmp_path / "c.pt")
+    assert len(fit(net(), data(), QUICK, hooks=[Push(0.5)], checkpoint=tmp_path / "c.pt").history) == 3
+    with pytest.raises(TrainingError, match=r"hooks was .*strength=0.5.*is now .*strength=0.25"):
+        fit(net(), data(), QUICK, hooks=[Push(0.25)], checkpoint=tmp_path / "c.pt")
+
+
+def test_where_a_hooks_function_lies_does_not_matter() -> None:
+    @dataclass(frozen=True)
+    class Push:
+        function: Any
+
+    assert hooking.names([Push(lambda: 1)]) == hooking.names([Push(copy.copy(lambda: 1))])
+    assert "at 0x" not in hooking.names([Push(object())])[0]
+
+
+# Starting in the middle of a recipe
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("recipe", [QUICK, Recipe(epochs=3, lr=0.1, schedule="step", milestones=(1, 2))])
+def test_a_later_start_replays_the_tail_of_the_recipe(recipe: Recipe, start: int) -> None:
+    told: list[int] = []
+
+    class Told(Batches):
+        def set_epoch(self, epoch: int) -> None:
+            told.append(epoch)
+            super().set_epoch(epoch)
+
+    class Look:
+        def __init__(self) -> None:
+            self.rates: list[float] = []
+
+        def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+    whole, tail = Look(), Look()
+    fit(net(), data(), recipe, hooks=[whole])
+    fitted = fit(net(), Told(images(), 8), recipe, hooks=[tail], start_epoch=start)
+    assert tail.rates == whole.rates[4 * start :]
+    assert told == [row.number for row in fitted.history] == list(range(start, 3))
+
+
+def test_a_run_without_momentum_or_chance_may_be_cut_anywhere() -> None:
+    recipe = replace(QUICK, momentum=0.0)
+    model, source = nn.Linear(3, 2), [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1])) for _ in range(3)]
+    kept = Snapshot(2)
+    whole = fit(model, source, recipe, hooks=[kept])
+    middle = copy.deepcopy(model)
+    middle.load_state_dict(kept.weights)
+    assert same(bits(fit(middle, source, recipe, start_epoch=2).model), bits(whole.model))
+
+
+@pytest.mark.parametrize("step", [5, 7, 8])
+def test_a_later_start_resumes_exactly(tmp_path: Path, step: int) -> None:
+    recipe = replace(QUICK, epochs=4)
+    whole = fit(net(), data(), recipe, hooks=[Interrupt(None)], start_epoch=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), data(), recipe, hooks=[Interrupt(step)], checkpoint=tmp_path / "c.pt", start_epoch=1)
+    resumed = fit(net(9), data(), recipe, hooks=[Interrupt(None)], checkpoint=tmp_path / "c.pt", start_epoch=1)
+    assert same(bits(whole.model), bits(resumed.model))
+    assert [row.number for row in resumed.history] == [1, 2, 3]
+    with pytest.raises(TrainingError, match="another run: start_epoch was 1, is now 2"):
+        fit(net(), data(), recipe, hooks=[Interrupt(None)], checkpoint=tmp_path / "c.pt", start_epoch=2)
+    with pytest.raises(TrainingError, match="another run: start_epoch was 1"):
+        fit(net(), data(), recipe, hooks=[Interrupt(None)], checkpoint=tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("start", [-1, 3, True, 0.5])
+def test_an_epoch_that_the_recipe_does_not_have_is_refused(start: Any) -> None:
+    with pytest.raises(InputError, match="one of the recipe's 3 epochs, from 0; got"):
+        fit(net(), data(), QUICK, start_epoch=start)
+
+
+def test_the_last_epoch_alone_takes_an_iterator() -> None:
+    assert len(fit(net(), iter(data()), QUICK, start_epoch=2).history) == 1
+
+
+# Snapshots
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_snapshot_is_what_a_shorter_run_ends_with(epoch: int) -> None:
+    recipe = replace(QUICK, schedule="constant")
+    kept = Snapshot(epoch)
+    whole = fit(net(), data(), recipe, hooks=[kept])
+    assert same(dict(kept.weights), bits(fit(net(), data(), replace(recipe, epochs=epoch)).model))
+    assert same(bits(whole.model), bits(fit(net(), data(), recipe).model))
+    assert same(dict(kept.weights), bits(whole.model)) == (epoch == 3)
+
+
+@pytest.mark.parametrize("step", [3, 6, 11])  # before, in and after the epoch that is kept
+def test_a_snapshot_survives_an_interruption(tmp_path: Path, step: int) -> None:
+    whole, cut, resumed = Snapshot(2), Snapshot(2), Snapshot(2)
+    fit(net(), data(), QUICK, hooks=[whole, Interrupt(None)])
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), data(), QUICK, hooks=[cut, Interrupt(step)], checkpoint=tmp_path / "c.pt")
+    fit(net(), data(), QUICK, hooks=[resumed, Interrupt(None)], checkpoint=tmp_path / "c.pt")
+    assert same(dict(whole.weights), dict(resumed.weights))
+    again = Snapshot(2)
+    fit(net(), [], QUICK, hooks=[again, Interrupt(None)], checkpoint=tmp_path / "c.pt")
+    assert same(dict(whole.weights), dict(again.weights))
+    with pytest.raises(TrainingError, match="after epoch 2, this run those after 1"):
+        fit(net(), data(), QUICK, hooks=[Snapshot(1), Interrupt(None)], checkpoint=tmp_path / "c.pt")
+
+
+def test_a_snapshot_that_is_not_there_yet() -> None:
+    kept = Snapshot(5)
+    fit(net(), data(), QUICK, hooks=[kept])
+    with pytest.raises(InputError, match="3 epochs are over, the snapshot is due after 5"):
+        _ = kept.weights
+    for wrong in (0, -1, True, 1.5):
+        with pytest.raises(InputError, match="at least 1; got"):
+            Snapshot(wrong)  # type: ignore[arg-type]  # what a user may write
 
 
 # Recipe and learning rate

@@ -9,16 +9,22 @@ if TYPE_CHECKING:
     from secateur.artifacts import load, save
     from secateur.coupling.groups import Graph, Group, Slot, trace
     from secateur.criteria.table import score
+    from secateur.criteria.wrappers import ensemble, greedy, normalised
     from secateur.errors import SecateurError, VerificationError
     from secateur.evidence import Evidence, observe
     from secateur.exporting import export
     from secateur.hub import HubMixin
     from secateur.inputs import Inputs
+    from secateur.masking import Gradual, ln_structured, make_masks, threshold_masks
+    from secateur.masks import Masks
     from secateur.measuring.counts import count
     from secateur.measuring.latency import measure
+    from secateur.ordering import select_in_order
     from secateur.plans import Plan
     from secateur.pruning import Pruned, Step, prune, prune_steps
     from secateur.rebinding import rebind_optimizer_
+    from secateur.recovery import distillation, equal_budget, from_scratch, lottery_tickets, rewound
+    from secateur.regularising import GammaPenalty, GroupPenalty, WeightPenalty
     from secateur.repairing import repair
     from secateur.selection import select
     from secateur.shrinking import shrink, zero_channels
@@ -31,10 +37,14 @@ if TYPE_CHECKING:
 # Names are imported when first used, so that `secateur --help` does not wait for torch.
 _HOME = {
     "Evidence": "evidence",
+    "GammaPenalty": "regularising",
+    "Gradual": "masking",
     "Graph": "coupling.groups",
-    "HubMixin": "hub",
     "Group": "coupling.groups",
+    "GroupPenalty": "regularising",
+    "HubMixin": "hub",
     "Inputs": "inputs",
+    "Masks": "masks",
     "Plan": "plans",
     "Pruned": "pruning",
     "Recipe": "training.recipes",
@@ -43,21 +53,34 @@ _HOME = {
     "Step": "pruning",
     "Target": "targets",
     "VerificationError": "errors",
+    "WeightPenalty": "regularising",
     "count": "measuring.counts",
+    "distillation": "recovery",
+    "ensemble": "criteria.wrappers",
+    "equal_budget": "recovery",
     "evaluate": "training.evaluating",
     "export": "exporting",
     "fit": "training.loop",
+    "from_scratch": "recovery",
+    "greedy": "criteria.wrappers",
+    "ln_structured": "masking",
     "load": "artifacts",
+    "lottery_tickets": "recovery",
+    "make_masks": "masking",
     "measure": "measuring.latency",
+    "normalised": "criteria.wrappers",
     "observe": "evidence",
     "prune": "pruning",
     "prune_steps": "pruning",
     "rebind_optimizer_": "rebinding",
     "repair": "repairing",
+    "rewound": "recovery",
     "save": "artifacts",
     "score": "criteria.table",
     "select": "selection",
+    "select_in_order": "ordering",
     "shrink": "shrinking",
+    "threshold_masks": "masking",
     "trace": "coupling.groups",
     "verify": "verification",
     "zero_channels": "shrinking",
@@ -65,10 +88,14 @@ _HOME = {
 
 __all__ = [
     "Evidence",
+    "GammaPenalty",
+    "Gradual",
     "Graph",
     "Group",
+    "GroupPenalty",
     "HubMixin",
     "Inputs",
+    "Masks",
     "Plan",
     "Pruned",
     "Recipe",
@@ -77,21 +104,34 @@ __all__ = [
     "Step",
     "Target",
     "VerificationError",
+    "WeightPenalty",
     "count",
+    "distillation",
+    "ensemble",
+    "equal_budget",
     "evaluate",
     "export",
     "fit",
+    "from_scratch",
+    "greedy",
+    "ln_structured",
     "load",
+    "lottery_tickets",
+    "make_masks",
     "measure",
+    "normalised",
     "observe",
     "prune",
     "prune_steps",
     "rebind_optimizer_",
     "repair",
+    "rewound",
     "save",
     "score",
     "select",
+    "select_in_order",
     "shrink",
+    "threshold_masks",
     "trace",
     "verify",
     "zero_channels",

@@ -287,18 +287,14 @@ def export(
 
 @app.command()
 def criteria(debug: Debug = False) -> None:
-    """List the criteria: what each scores, what it needs to see, and where it comes from."""
-    import inspect as reflection
-
+    """List every criterion: what it prunes, what it needs and costs, and where it comes from."""
     from rich.table import Table
 
-    from secateur.criteria.table import CRITERIA, needs_of
+    from secateur.catalogue import catalogue
 
-    table = Table("name", "needs", "importance of a channel", "source", box=_box())
-    for name, function in sorted(CRITERIA.items()):
-        lines = (reflection.getdoc(function) or "").splitlines()
-        source = next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "")
-        table.add_row(name, ", ".join(needs_of(name)) or "weights only", lines[0] if lines else "", source)
+    table = Table("name", "prunes", "needs", "cost", "what is kept", "source", box=_box())
+    for entry in catalogue():
+        table.add_row(entry.name, entry.prunes, entry.needs, entry.cost, entry.meaning, entry.source)
     _show(table)
 
 

@@ -27,6 +27,7 @@ class Observation:
     positions: int | None  # output positions per sample for "gram"; None: all
     generator: torch.Generator
     sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # statistic -> name -> sum
+    layers: frozenset[str] | None = None  # the weights whose calls are of interest; None: all
     batch_samples: int = 0  # of the batch under way
     listening: bool = True  # off while second derivatives are taken: that, too, would call the hooks
 
@@ -179,6 +180,17 @@ class Fisher(Collector):
         return (total.T if call.transposed else total).reshape(call.weight.shape)
 
 
+def _as_weight(call: LayerCall, taps: Tensor) -> Tensor:
+    """(in channels, taps) in a shape that broadcasts to the weight's."""
+    kernel = call.weight.shape[2:]
+    if call.transposed or not call.has_patches:
+        return taps.reshape(-1, 1, *kernel)
+    if call.groups == 1:
+        return taps.reshape(1, -1, *kernel)
+    inputs = taps.reshape(call.groups, 1, -1, *kernel)  # of each group; its filters share them
+    return inputs.expand(-1, call.weight.shape[0] // call.groups, -1, *kernel).flatten(0, 1)
+
+
 def _differentiated(call: LayerCall, gradient: Tensor) -> LayerCall:
     """The call whose patches, times its outputs, give the weight's gradient.
 
@@ -195,11 +207,11 @@ def _rows(tensor: Tensor, call: LayerCall, start: int, count: int) -> Tensor:
 
 
 class InputNorms(Collector):
-    """`taps` per weight, (in channels, taps): the sum of the squared input that meets each weight."""
+    """`taps` per weight, in a shape that broadcasts to it: the sum of the squared input that meets each entry."""
 
     def call(self, call: LayerCall) -> None:
         """Add the squares."""
-        self.observation.add("taps", call.name, call.tap_squares().detach())
+        self.observation.add("taps", call.name, _as_weight(call, call.tap_squares().detach()))
         self.observation.add("taps_samples", call.name, torch.tensor(call.inputs().shape[0]))
 
 

@@ -113,6 +113,7 @@ def observe(
     data: Iterable[Any] | None = None,
     needs: Collection[str] = (),
     *,
+    layers: Collection[str] | None = None,
     positions: int | None = 64,
     seed: int = 0,
     forward: Forward | None = None,
@@ -131,7 +132,8 @@ def observe(
 
     `graph`: may be None where only weights are judged. `data`: batches, as `forward(model, batch)` and
     `loss(output, batch)` take them; the defaults serve (x, y) pairs and Mappings. The loss is a mean over the batch.
-    `positions`: how many output positions of each sample "gram" looks at; None for all. `seed`: of what is drawn.
+    `layers`: weights whose calls are looked at; None for all. `positions`: how many output positions of each sample
+    "gram" looks at; None for all. `seed`: of what is drawn.
 
     Memory does not grow with the data. Raises InputError where a need has no data or the loss is no scalar, DataError
     for data without batches, or with NaN.
@@ -150,7 +152,8 @@ def observe(
     if not isinstance(data, Iterable):
         raise InputError(f"evidence {', '.join(needs)} comes from data: pass data=, an iterable of batches.")
     private = observable(private_copy(model)).eval()
-    observation = Observation(private, graph, positions, torch.Generator().manual_seed(seed))
+    wanted = None if layers is None else frozenset(layers)
+    observation = Observation(private, graph, positions, torch.Generator().manual_seed(seed), layers=wanted)
     collectors = [COLLECTORS[need][0](observation) for need in dict.fromkeys(sorted(needs))]
     samples, batches = _pass(observation, collectors, data, forward or default_forward, loss or default_loss)
     return replace(evidence, sums=observation.sums, samples=samples, batches=batches)
@@ -169,8 +172,9 @@ def _pass(
     device = next(iter(parameters.values())).device
 
     def seen(call: LayerCall) -> None:
-        for collector in collectors:
-            collector.call(call)
+        if observation.layers is None or call.name in observation.layers:
+            for collector in collectors:
+                collector.call(call)
 
     watch = LayerCalls(model, seen)
     samples = batches = 0

@@ -7,13 +7,15 @@ A hook with state that a resumed run needs has `state_dict` and `load_state_dict
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import InputError
+from secateur.errors import InputError, TrainingError
+from secateur.plans import named_tensors
 
 MOMENTS = ("after_backward", "after_step", "after_epoch")
 
@@ -57,6 +59,18 @@ def check(hooks: Sequence[object]) -> None:
             raise InputError(f"a hook has at least one of the methods {', '.join(MOMENTS)}; {hook!r} has none.")
 
 
+def names(hooks: Sequence[object]) -> list[str]:
+    """What tells hooks apart in a checkpoint: a frozen dataclass is its settings, any other hook its class."""
+    return [_name(hook) for hook in hooks]
+
+
+def _name(hook: object) -> str:
+    parameters = getattr(type(hook), "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        return type(hook).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(hook))  # functions print where they lie, which differs from run to run
+
+
 def states(hooks: Sequence[object]) -> list[dict[str, Any] | None]:
     """What of every hook belongs in a checkpoint; None where nothing does."""
     return [hook.state_dict() if isinstance(hook, Stateful) else None for hook in hooks]
@@ -67,3 +81,44 @@ def restore(hooks: Sequence[object], saved: Sequence[dict[str, Any] | None]) -> 
     for hook, state in zip(hooks, saved, strict=True):
         if isinstance(hook, Stateful) and state is not None:
             hook.load_state_dict(state)
+
+
+class Snapshot:
+    """Keeps the weights as they were after `epoch` epochs of the one run it is given to; the run goes on as without it.
+
+    `weights` is {name: tensor on the CPU} of every parameter and buffer. A resumed run has them too. The weights before
+    the first epoch need no hook: they are those of the model that was given to `fit`.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
+            raise InputError(f"Snapshot: epoch is how many epochs to wait for, at least 1; got {epoch!r}.")
+        self.epoch = epoch
+        self._seen = 0
+        self._weights: dict[str, Tensor] | None = None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """What was kept. Raises InputError before that epoch is over."""
+        if self._weights is None:
+            raise InputError(f"no weights yet: {self._seen} epochs are over, the snapshot is due after {self.epoch}.")
+        return self._weights
+
+    def after_epoch(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Count, and keep the weights when it is time."""
+        self._seen += 1
+        if self._seen == self.epoch:
+            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is, and what it keeps."""
+        return {"epoch": self.epoch, "seen": self._seen, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises TrainingError for the snapshot of another epoch."""
+        if state["epoch"] != self.epoch:
+            raise TrainingError(
+                f"the checkpoint keeps the weights after epoch {state['epoch']}, this run those after {self.epoch}: "
+                "give another checkpoint path."
+            )
+        self._seen, self._weights = state["seen"], state["weights"]

@@ -61,6 +61,7 @@ def fit(
     hooks: Sequence[object] = (),
     checkpoint: Path | str | None = None,
     progress: bool | None = None,
+    start_epoch: int = 0,
 ) -> Fitted:
     """Train a copy of a model.
 
@@ -76,6 +77,8 @@ def fit(
             same bits as one that was never interrupted (same machine, thread count and version of torch; data whose
             order follows from `set_epoch` or from torch's, numpy's or python's global generators).
         progress: None shows a bar on a terminal and nothing elsewhere; True also a line per epoch elsewhere.
+        start_epoch: replay the recipe from this epoch on, as if those before had led to `model`: their learning rates
+            and `set_epoch` are skipped, while momentum and random numbers start anew. Rewinding is made of this.
 
     Raises:
         InputError: a device this machine has not, nothing to train, a batch that needs `forward` or `loss`.
@@ -85,7 +88,9 @@ def fit(
     chosen = recipe or Recipe()
     where = usable_device(device)
     hooking.check(hooks)
-    if isinstance(data, Iterator) and chosen.epochs > 1:
+    if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or not 0 <= start_epoch < chosen.epochs:
+        raise InputError(f"start_epoch is one of the recipe's {chosen.epochs} epochs, from 0; got {start_epoch!r}.")
+    if isinstance(data, Iterator) and chosen.epochs - start_epoch > 1:
         raise InputError("the data is an iterator, good for one epoch: pass a list, a DataLoader or Batches.")
     if loss is not None and chosen.label_smoothing:
         raise InputError("label_smoothing belongs to the default loss: smooth in your own loss= and leave it at 0.")
@@ -100,12 +105,14 @@ def fit(
         forward=forward or default_forward,
         loss=loss or partial(default_loss, label_smoothing=chosen.label_smoothing),
         hooks=tuple(hooks),
+        start=start_epoch,
     )
     with own_randomness(chosen.seed, where):
         history = run.resume(checkpoint)
         steps = len(data) if isinstance(data, Sized) else None
-        with showing(progress, chosen.epochs, len(history), steps) as display:
-            for number in range(len(history), chosen.epochs):
+        done = start_epoch + len(history)
+        with showing(progress, chosen.epochs, done, steps) as display:
+            for number in range(done, chosen.epochs):
                 history.append(run.epoch(number, data, steps, display))
                 hooking.call(hooks, "after_epoch", run.model, run.optimizer)
                 run.save(checkpoint, history)
@@ -124,6 +131,7 @@ class _Run:
     forward: Forward
     loss: Loss
     hooks: tuple[object, ...]
+    start: int
 
     def epoch(self, number: int, data: Iterable[Any], steps: int | None, display: Progress) -> Epoch:
         """Go through the data once."""
@@ -197,8 +205,9 @@ class _Run:
         return [Epoch(**row) for row in state["history"]]
 
     def _identity(self) -> dict[str, Any]:
-        hooks = [type(hook).__name__ for hook in self.hooks]
-        return identity(self.model, {**asdict(self.recipe), "device": self.device.type, "hooks": hooks})
+        settings = {**asdict(self.recipe), "device": self.device.type, "hooks": hooking.names(self.hooks)}
+        # only where it says something, so that the checkpoints of runs without it stay what they were
+        return identity(self.model, {**settings, "start_epoch": self.start} if self.start else settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.recipe.bf16 else nullcontext()
