@@ -22,7 +22,7 @@ from secateur.inputs import check_model, check_weights
 from secateur.ordering import select_in_order
 from secateur.plans import Plan, human
 from secateur.repairing import DEFAULT_STEPS
-from secateur.schedules import LAYER_BY_LAYER, Schedule, in_turn, named_in, steps_of
+from secateur.schedules import LAYER_BY_LAYER, WAITING, Schedule, in_turn, named_in, steps_of
 from secateur.schedules import resolve as resolve_schedule
 from secateur.selection import make_plan, select
 from secateur.shrinking import shrink
@@ -108,7 +108,7 @@ def prune(
     sparsity: float | Mapping[str, float] | None = None,
     target: Target | None = None,
     data: Iterable[Any] | None = None,
-    scope: str = "layer",
+    scope: str | None = None,
     round_to: int = 1,
     ignore: Iterable[str | nn.Module] = (),
     prune_residual: bool = False,
@@ -153,7 +153,7 @@ def prune_steps(
     schedule: str | Schedule = "cubic",
     steps: int | None = None,
     data: Iterable[Any] | None = None,
-    scope: str = "layer",
+    scope: str | None = None,
     round_to: int = 1,
     ignore: Iterable[str | nn.Module] = (),
     prune_residual: bool = False,
@@ -183,13 +183,15 @@ def prune_steps(
     final = goal.final(macs, params)
     due = (lambda progress: progress) if in_layers else resolve_schedule(schedule, final)
     asked = steps_of(schedule, final, dense)
+    if in_layers and scope not in (None, "layer"):
+        raise InputError(f"'layer_by_layer' takes scope='layer', not {scope!r}.")
     if in_layers and steps not in (None, asked):
         raise InputError(f"'layer_by_layer' takes {asked} steps for this model, one per layer; got steps={steps}.")
     steps = steps or asked or 5
     total: Plan | None = None
     for number in range(1, steps + 1):
-        part = _turn_of(goal, graph) if in_layers else goal.part(due(number / steps), macs, params)
         open_now = in_turn(graph, dense, number) if in_layers else graph
+        part = _turn_of(goal, open_now) if in_layers else goal.part(due(number / steps), macs, params)
         chosen = how.choice(model, open_now, part, seed + number - 1, dense)
         graph, plan, small, difference = _proved(model, open_now, chosen, example_inputs)
         small, repairs, left_out = _repaired(small, model, plan, data, repair, seed, forward)
@@ -207,7 +209,7 @@ class _How:
 
     criterion: str | Criterion | Greedy
     data: Iterable[Any] | None
-    scope: str
+    scope: str | None
     round_to: int
     keep_at_least: int
     forward: Forward | None
@@ -217,7 +219,7 @@ class _How:
         needs = needs_of(self.criterion)
         if needs and self.data is None:
             raise InputError(f"criterion {self.criterion!r} needs {', '.join(needs)} evidence: pass data=.")
-        if isinstance(resolve(self.criterion), Greedy) and self.scope != "layer":
+        if isinstance(resolve(self.criterion), Greedy) and self.scope not in (None, "layer"):
             raise InputError(f"{self.criterion!r} goes layer by layer: it takes scope='layer', not {self.scope!r}.")
 
     def choice(
@@ -237,7 +239,7 @@ class _How:
 
 def _turn_of(goal: Target, graph: Graph) -> Target:
     """The target as far as it is about this graph: patterns that name nothing of it are left out."""
-    return replace(goal, sparsity=named_in(goal.sparsity, graph)) if isinstance(goal.sparsity, Mapping) else goal
+    return replace(goal, sparsity=named_in(goal.sparsity, graph) or 0.0) if isinstance(goal.sparsity, Mapping) else goal
 
 
 def _proved(
@@ -329,7 +331,7 @@ def _summary(
         channels=plan.channels,
         params=plan.params,
         macs=plan.macs,
-        locked={group.name: group.locked for group in graph.groups if group.locked is not None},
+        locked={g.name: g.locked for g in graph.groups if g.locked is not None and not g.locked.startswith(WAITING)},
         unknown=graph.unknown,
         left_out=left_out,
     )

@@ -18,6 +18,7 @@ from secateur.errors import InputError, UnknownNameError
 Schedule = Callable[[float], float]
 
 LAYER_BY_LAYER = "layer_by_layer"
+WAITING = "not its turn"  # begins the reason why a group is locked in a step that is another's
 PART_PER_STEP = 0.005  # of all channels, in "stepwise"
 
 
@@ -123,7 +124,7 @@ def in_turn(graph: Graph, dense: Graph, number: int) -> Graph:
         raise InputError(f"the steps of 'layer_by_layer' are 1 to {len(every)} for this model; got {number}.")
     names = every[number - 1]
     free = {group.signature for group in dense.groups if group.name in names}
-    reason = f"not its turn in step {number} of 'layer_by_layer'"
+    reason = f"{WAITING} in step {number} of 'layer_by_layer'"
     groups = tuple(
         replace(group, locked=reason) if group.locked is None and group.signature not in free else group
         for group in graph.groups

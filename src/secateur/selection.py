@@ -60,7 +60,7 @@ def select(
     scores: Mapping[str, Tensor],
     target: Target,
     *,
-    scope: str = "layer",
+    scope: str | None = None,
     round_to: int = 1,
     keep_at_least: int = 1,
     normalise: bool = True,
@@ -68,7 +68,8 @@ def select(
 ) -> Plan:
     """Choose the channels to remove; see `Target` for how far.
 
-    `scores`: per group name (channels,), higher means keep. `scope`: `layer`, every group loses the same fraction,
+    `scores`: per group name (channels,), higher means keep. `scope`: by default global where a budget is to be met, and
+    layer for a sparsity. `layer`, every group loses the same fraction,
     rounded down; `global`, all channels compete, their scores first divided by their group's mean magnitude unless
     `normalise` is False (DepGraph, arXiv 2301.12900); `isomorphic`, the same among groups of equal structure, each such
     class losing the same fraction (Fang 2024, arXiv 2407.04616). `round_to`: widths that shrink end at a multiple of it
@@ -78,9 +79,14 @@ def select(
     Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
     not fit, NothingToPruneError when every group is locked.
     """
-    limits = (scope, round_to, keep_at_least)
+    limits = (scope or default_scope(target), round_to, keep_at_least)
     kept = channels_to_keep(graph, scores, target, *limits, normalise=normalise, dense=dense or graph)
     return make_plan(graph, kept, macs_of(graph), params_of(graph))
+
+
+def default_scope(target: Target) -> str:
+    """What competes where the caller does not say: a budget is spent where it costs least (decision 0009)."""
+    return "layer" if target.sparsity is not None else "global"
 
 
 def channels_to_keep(
