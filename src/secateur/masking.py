@@ -115,6 +115,8 @@ def make_masks(
     found = _resolve(criterion)
     layers = weight_layers(model, within, ignore, biases=biases)
     choice = _Choice(_scope(criterion, found, scope, pattern), _parsed(pattern, sparsity), _fractions(layers, sparsity))
+    if sparsity is None and (choice.pattern is None or choice.pattern[0] == "block"):
+        raise InputError("nothing to aim for: pass sparsity=, the fraction of the weights to remove, in [0, 1).")
     _check(criterion, found, layers, choice, data, biases, propagate)
     if masks is not None:
         masks.check(model)

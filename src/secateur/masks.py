@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from secateur.plans import check_shapes, human, named_tensors, tensor_shapes
 from secateur.tensorfiles import clipped, read_header, read_tensors, with_metadata
 
 FORMAT = "1"
-_FORMAT, _SHAPES = "secateur.masks", "secateur.shapes"
+_FORMAT, _SHAPES, _PARAMETERS = "secateur.masks", "secateur.shapes", "secateur.parameters"
 MOMENTS = ("epoch", "step")
 
 
@@ -32,14 +33,19 @@ class Masks:
     keep: Mapping[str, Tensor]  # name -> bool on the CPU, in the tensor's shape
     shapes: Mapping[str, tuple[int, ...]]  # every parameter and buffer of the model they fit
     values: Mapping[str, Tensor] = field(default_factory=dict)  # new weights, where a method makes them (SparseGPT)
+    parameters: int | None = None  # how many numbers the model's parameters hold, tied ones once; None: not known
 
     def __post_init__(self) -> None:
         for name, tensor in (*self.keep.items(), *self.values.items()):
-            if tuple(tensor.shape) != tuple(self.shapes.get(name, ())) or name not in self.keep:
-                expected = list(self.shapes.get(name, ()))
+            if name not in self.shapes:
+                raise PlanMismatchError(f"a mask is for {name!r}, which the model of these masks does not have.")
+            if tuple(tensor.shape) != tuple(self.shapes[name]):
+                expected = list(self.shapes[name])
                 raise PlanMismatchError(f"the mask of {name!r} has shape {list(tensor.shape)}, expected {expected}.")
         if any(tensor.dtype != torch.bool for tensor in self.keep.values()):
             raise InputError("a mask is a bool tensor, true where the weight stays.")
+        if any(name not in self.keep or not tensor.is_floating_point() for name, tensor in self.values.items()):
+            raise InputError("new weights are floating-point numbers, and only for tensors that have a mask.")
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -70,20 +76,25 @@ class Masks:
         with torch.no_grad():
             for name, value in self.values.items():
                 tensors[name].copy_(value)
-        replace(self, values={})._zero_(tensors)
+        _zero_(tensors, self._gone(tensors))
 
     def hold(self, model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
-        """Keep the zeros while `optimizer` trains `model`: they are written again after each of its steps.
+        """Keep the zeros while `optimizer` trains `model`: they are written now, and again after each of its steps.
 
-        Momentum and weight decay would bring masked weights back otherwise. `.remove()` of the result ends it.
+        Momentum and weight decay would bring masked weights back otherwise. `.remove()` of the result ends it. New
+        weights are written by `apply`, not here. Raises InputError for an optimizer that trains none of the weights.
         """
+        held = self.hook()
+        tensors = named_tensors(model)
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.check(model)
-        tensors = {name: tensor for name, tensor in named_tensors(model).items() if name in self.keep}
-        self._zero_(tensors)
-        return optimizer.register_step_post_hook(lambda *_: self._zero_(tensors))
+        if not any(id(tensors[name]) in trained for name in self.keep):
+            raise InputError("the optimizer trains none of the masked weights: was it made for another copy?")
+        held.after_step(model, optimizer)
+        return optimizer.register_step_post_hook(lambda *_: held.after_step(model, optimizer))
 
     def hook(self, every: str = "step") -> Held:
-        """The same as a hook for `fit(hooks=[...])` or a loop of your own.
+        """The same as a hook for `fit(hooks=[...])` or a loop of your own. Start from `apply(model)`.
 
         `every`: "step", after every optimizer step; "epoch", only after every epoch, between which masked weights grow
         back (Batra, Das and Xu, "Exploring Large Convolutional Network Pruning").
@@ -91,14 +102,20 @@ class Masks:
         return Held(self, every)
 
     def __and__(self, other: Masks) -> Masks:
-        """Both together: what either forces to zero. Raises PlanMismatchError for masks of another model."""
+        """Both together: what either forces to zero.
+
+        Raises PlanMismatchError for masks of another model, InputError where both bring new weights for one tensor.
+        """
         check_shapes(other.shapes, self.shapes, "the other set of masks", "this one")
+        twice = sorted(self.values.keys() & other.values.keys())
+        if twice:
+            raise InputError(f"both sets of masks bring new weights for {twice[0]!r}: apply one, then make the other.")
         both = {
-            name: self.keep.get(name, torch.ones(self.shapes[name], dtype=torch.bool))
-            & other.keep.get(name, torch.ones(self.shapes[name], dtype=torch.bool))
-            for name in {**self.keep, **other.keep}
+            name: self.keep[name] & other.keep[name] if name in self.keep and name in other.keep else keep
+            for name, keep in {**self.keep, **other.keep}.items()
         }
-        return Masks(both, self.shapes, {**self.values, **other.values})
+        parameters = other.parameters if self.parameters is None else self.parameters
+        return Masks(both, self.shapes, {**self.values, **other.values}, parameters)
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file. Raises OSError; an old file of that name then survives."""
@@ -106,7 +123,8 @@ class Masks:
         tensors |= {f"value.{name}": value.detach().cpu().contiguous() for name, value in self.values.items()}
         content = to_bytes(tensors)
         shapes = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
-        start, offset = with_metadata(content, {_FORMAT: FORMAT, _SHAPES: shapes})
+        metadata = {_FORMAT: FORMAT, _SHAPES: shapes, _PARAMETERS: json.dumps(self.parameters)}
+        start, offset = with_metadata(content, metadata)
         write_bytes(path, start + content[offset:])
 
     @classmethod
@@ -116,12 +134,13 @@ class Masks:
         if metadata.get(_FORMAT) != FORMAT:
             raise ArtifactError(f"{path} holds no masks of this version.")
         try:
-            shapes = {str(name): tuple(map(_size, shape)) for name, shape in json.loads(metadata[_SHAPES]).items()}
+            shapes = {name: _shape(shape) for name, shape in json.loads(metadata[_SHAPES]).items()}
+            parameters = json.loads(metadata[_PARAMETERS])
             parts: dict[str, dict[str, Tensor]] = {"keep": {}, "value": {}}
             for name, tensor in read_tensors(path).items():
                 kind, _, target = name.partition(".")
-                parts[kind][target] = _as_mask(tensor) if kind == "keep" else tensor
-            return cls(parts["keep"], shapes, parts["value"])
+                parts[kind][target] = _as_mask(tensor) if kind == "keep" else _finite(tensor)
+            return cls(parts["keep"], shapes, parts["value"], None if parameters is None else _size(parameters))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, PlanMismatchError) as error:
             raise ArtifactError(f"{path} is damaged: {clipped(error)}.") from error
 
@@ -134,16 +153,20 @@ class Masks:
         wide = max([len(name) for name in self.keep], default=6)
         lines = [f"{'tensor':<{wide}}  {'entries':>10}  sparsity"]
         for name, keep in self.keep.items():
-            lines.append(f"{name:<{wide}}  {keep.numel():>10,}  {1 - float(keep.float().mean()):>8.2%}")
+            gone = keep.numel() - int(keep.sum())
+            lines.append(f"{name:<{wide}}  {keep.numel():>10,}  {gone / max(keep.numel(), 1):>8.2%}")
+        if self.parameters is not None:
+            lines.append(
+                f"of all {self.parameters:,} parameters, {self.counts[0] / max(self.parameters, 1):.2%} are zero"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.table()}"
 
-    def _zero_(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, keep in self.keep.items():
-                tensors[name].mul_(keep.to(tensors[name].device))
+    def _gone(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is to be zero, where the tensors lie."""
+        return {name: (~keep).to(tensors[name].device) for name, keep in self.keep.items()}
 
 
 class Held:
@@ -152,8 +175,10 @@ class Held:
     def __init__(self, masks: Masks, every: str) -> None:
         if every not in MOMENTS:
             raise InputError(f"masks are held after every 'step' or every 'epoch'; got every={every!r}.")
-        self._masks, self._every = replace(masks, values={}), every
+        self._masks, self._every = masks, every
+        self._model: weakref.ref[nn.Module] | None = None  # the one that the masks were compared with
         self._device: torch.device | None = None
+        self._gone: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         return f"Held({self._masks!r}, every {self._every})"
@@ -162,29 +187,41 @@ class Held:
         """Masked weights take no part in the norm of the gradients, and gather no momentum."""
         if self._every == "step":
             tensors = self._tensors(model)
-            for name, keep in self._masks.keep.items():
-                gradient = tensors[name].grad
-                if gradient is not None:
-                    gradient.mul_(keep)
+            _zero_({name: grad for name, tensor in tensors.items() if (grad := tensor.grad) is not None}, self._gone)
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Write the zeros again."""
         if self._every == "step":
-            self._masks._zero_(self._tensors(model))
+            _zero_(self._tensors(model), self._gone)
 
     def after_epoch(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Write the zeros again."""
-        self._masks._zero_(self._tensors(model))
+        _zero_(self._tensors(model), self._gone)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's tensors. The masks come to their device the first time, when they are also compared with it."""
+        """The masked tensors. A model that is new here is compared with the masks, which come to its device."""
         tensors = named_tensors(model)
-        device = next(iter(tensors.values())).device
-        if self._device != device:
+        if self._model is None or self._model() is not model:
             self._masks.check(model)
-            keep = {name: keep.to(tensors[name].device) for name, keep in self._masks.keep.items()}
-            self._masks, self._device = replace(self._masks, keep=keep), device
-        return tensors
+            self._model, self._device = weakref.ref(model), None
+        masked = {name: tensors[name] for name in self._masks.keep}
+        device = next((tensor.device for tensor in masked.values()), None)
+        if self._device != device:
+            self._gone, self._device = self._masks._gone(tensors), device
+        return masked
+
+
+def _zero_(tensors: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> None:
+    """Fill in zeros; a product with the mask would leave NaN where a weight or gradient is infinite, and -0."""
+    with torch.no_grad():
+        for name in tensors.keys() & gone.keys():
+            tensors[name].masked_fill_(gone[name], 0)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a shape, got {value!r}")
+    return tuple(map(_size, value))
 
 
 def _size(value: Any) -> int:
@@ -197,3 +234,9 @@ def _as_mask(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.uint8 or bool((tensor > 1).any()):
         raise ValueError("a mask holds zeros and ones")
     return tensor.bool()
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise ValueError("new weights are finite numbers")
+    return tensor
