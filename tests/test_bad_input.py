@@ -102,7 +102,7 @@ def test_targets_that_contradict_each_other() -> None:
         (
             {"criterion": "taylr"},
             UnknownNameError,
-            "no criterion named 'taylr'. Did you mean 'taylor_fo'.*Known: bn_scale, l1",
+            "no criterion named 'taylr'. Did you mean 'taylor'.*Known: activation_mean",
         ),
         ({"criterion": "zzz"}, UnknownNameError, "no criterion named 'zzz'. Known:"),
         ({"criterion": 5}, InputError, "criterion"),

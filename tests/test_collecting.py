@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch.nn import functional as F
 import secateur as sc
 from nets_for_tests import Net, randomised
 from secateur.collecting import COLLECTORS
-from secateur.errors import DataError, InputError, UnknownNameError
+from secateur.errors import ArtifactError, DataError, InputError, UnknownNameError
 from secateur.evidence import NEEDS
 
 CONVS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -288,3 +291,33 @@ def test_bad_data_is_refused() -> None:
         sc.observe(model, None, data, ("fischer",))
     with pytest.raises(InputError, match="scalar"):
         sc.observe(model, None, data, ("fisher",), loss=lambda output, batch: output)
+
+
+_GATHER = """
+import sys, torch
+import secateur as sc
+sys.path.insert(0, {tests!r})
+from test_collecting import batches, residual
+model, data = residual(), batches((3, 6, 6), (3, 2, 4))
+part = data[:1] if sys.argv[1] == "0" else data[1:]
+sc.observe(model, sc.trace(model, data[0][0]), part, ("gradient", "activation"), positions=None).save(sys.argv[2])
+"""
+
+
+def test_evidence_of_several_processes_merges(tmp_path: Path) -> None:
+    script = _GATHER.format(tests=str(Path(__file__).parent))
+    for number in ("0", "1"):
+        subprocess.run([sys.executable, "-c", script, number, str(tmp_path / number)], check=True)
+    model, data = residual(), batches((3, 6, 6), (3, 2, 4))
+    graph = sc.trace(model, data[0][0])
+    parts = [sc.Evidence.load(tmp_path / number, model) for number in ("0", "1")]
+    whole = sc.observe(model, graph, data, ("gradient", "activation"), positions=None)
+    for name in ("taylor_fo", "activation_variance", "l2"):
+        expected, found = (sc.score(graph, facts, name) for facts in (whole, parts[0].merge(parts[1])))
+        assert all(torch.allclose(expected[group], found[group], rtol=1e-10) for group in expected)
+    for content in (b"", (tmp_path / "0").read_bytes()[:200]):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(ArtifactError):
+            sc.Evidence.load(tmp_path / "bad", model)
+    with pytest.raises(InputError, match="different needs"):
+        parts[0].merge(sc.observe(model, graph, data, ("gram",)))

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from secateur.batches import Forward, Loss, default_forward, default_loss, first_tensor, logits_of, move
 from secateur.collecting import COLLECTORS, Collector, Observation
 from secateur.coupling.groups import Graph, Group, Slot
-from secateur.errors import DataError, InputError, UnknownNameError
+from secateur.errors import ArtifactError, DataError, InputError, UnknownNameError
+from secateur.files import write_bytes
 from secateur.inputs import check_model, check_weights, private_copy
 from secateur.layercalls import LayerCall, LayerCalls, observable
 from secateur.plans import check_shapes, named_tensors, tensor_shapes
+from secateur.tensorfiles import read_header, read_tensors, with_metadata
 
 NEEDS = tuple(sorted(COLLECTORS))
+_SAMPLES, _BATCHES = "secateur.samples", "secateur.batches"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +52,33 @@ class Evidence:
         }
         samples, batches = self.samples + other.samples, self.batches + other.batches
         return replace(self, sums=merged, samples=samples, batches=batches)
+
+    def save(self, path: Path | str) -> None:
+        """Write the sums to a safetensors file, so that another process can merge them. Raises OSError."""
+        tensors = {f"{kind}|{name}": total for kind, totals in self.sums.items() for name, total in totals.items()}
+        content = to_bytes(tensors)
+        counts = {_SAMPLES: str(self.samples), _BATCHES: str(self.batches)}
+        start, offset = with_metadata(content, counts)
+        write_bytes(path, start + content[offset:])
+
+    @classmethod
+    def load(cls, path: Path | str, model: nn.Module) -> Evidence:
+        """The sums that `save` wrote, with the weights of `model`, which they were gathered on.
+
+        Raises ArtifactError for any other file.
+        """
+        metadata, entries = read_header(path)
+        try:
+            samples, batches = int(metadata[_SAMPLES]), int(metadata[_BATCHES])
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(f"{path} holds no evidence.") from error
+        if samples < 0 or batches < 0 or any("|" not in name for name in entries):
+            raise ArtifactError(f"{path} holds no evidence.")
+        sums: dict[str, dict[str, Tensor]] = {}
+        for name, total in read_tensors(path).items():
+            kind, _, target = name.partition("|")
+            sums.setdefault(kind, {})[target] = total.double()
+        return replace(_weights_of(model), sums=sums, samples=samples, batches=batches)
 
     def has(self, need: str) -> bool:
         """Whether what a need gathers is there."""
@@ -144,9 +176,8 @@ def observe(
     for need in needs:
         if need not in NEEDS:
             raise UnknownNameError("need", need, NEEDS)
-    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     check_weights(model)
-    evidence = Evidence(tensors, frozenset(name for name, _ in model.named_parameters()))
+    evidence = _weights_of(model)
     if not needs:
         return evidence
     if not isinstance(data, Iterable):
@@ -157,6 +188,11 @@ def observe(
     collectors = [COLLECTORS[need][0](observation) for need in dict.fromkeys(sorted(needs))]
     samples, batches = _pass(observation, collectors, data, forward or default_forward, loss or default_loss)
     return replace(evidence, sums=observation.sums, samples=samples, batches=batches)
+
+
+def _weights_of(model: nn.Module) -> Evidence:
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+    return Evidence(tensors, frozenset(name for name, _ in model.named_parameters()))
 
 
 def _pass(
