@@ -149,11 +149,11 @@ def _plan(bench: Bench, graph: Graph, facts: Evidence, criterion: str, scope: st
 
 def weights(options: argparse.Namespace, bench: Bench) -> None:
     """Every weight criterion at every level: just zeroed, BatchNorm re-estimated, and fine-tuned under its masks."""
-    from secateur.criteria.weights import WEIGHT_CRITERIA
+    from secateur.masking import WEIGHT_METHODS
 
     trials = Trials(RUNS / "methods" / "weights.jsonl")
     for level in WEIGHT_LEVELS:
-        for name in options.criteria or sorted(WEIGHT_CRITERIA):
+        for name in options.criteria or sorted(WEIGHT_METHODS):
             key = {"net": bench.net, "seed": bench.seed, "criterion": name, "level": level}
             with trials.claimed(key) as mine:
                 if not mine or trials.find(key) is not None:

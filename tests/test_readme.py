@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.criteria.table import CRITERIA
+from secateur.masking import WEIGHT_METHODS
 from zoo import load_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The code blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def test_the_first_example_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +39,8 @@ def test_the_first_example_prints_what_the_readme_shows(tmp_path: Path, monkeypa
     assert (tmp_path / "small.safetensors").is_file()
 
 
-def test_the_steps_run_as_shown() -> None:
+def names_of_the_examples() -> dict[str, Any]:
+    """What the examples take for granted: a model, an example input, and training data."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3),
@@ -48,9 +51,13 @@ def test_the_steps_run_as_shown() -> None:
         nn.Flatten(),
         nn.Linear(512, 4),
     )
-    data = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(2)]
+    data = [(torch.randn(32, 3, 8, 8), torch.randint(4, (32,))) for _ in range(18)]
+    return {"sc": sc, "model": model, "example": data[0][0][:1], "data": data}
+
+
+def test_the_steps_run_as_shown() -> None:
     code = blocks("python")[1].replace('("eager", "onnxruntime")', '("eager",), seconds=0.0')
-    names = {"sc": sc, "model": model, "example": data[0][0][:1], "data": data}
+    names = names_of_the_examples()
     exec(compile(code, "README.md", "exec"), names)
     plan, small = names["plan"], names["small"]
     assert isinstance(plan, sc.Plan) and isinstance(small, nn.Module)
@@ -58,12 +65,32 @@ def test_the_steps_run_as_shown() -> None:
     assert {row.after % 16 for row in plan.widths if row.after < row.before} == {0}
 
 
+def test_repair_and_methods_run_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names = names_of_the_examples()
+    for code in blocks("python")[2:4]:
+        exec(compile(code, "README.md", "exec"), names)
+    assert "layers fitted by least squares" in capsys.readouterr().out
+    assert names["masks"].sparsity == 0.5 and names["step"].number == 2
+
+
+def test_the_guide_to_methods_runs_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = names_of_the_examples()
+    guide = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    found = blocks("python", guide)
+    assert len(found) == 6
+    for code in found:
+        exec(compile(code, "methods.md", "exec"), names)
+    for name in (*CRITERIA, *WEIGHT_METHODS):
+        assert f"`{name}`" in guide
+
+
 @pytest.mark.skipif(not find_spec("transformers") or not find_spec("onnxruntime"), reason="needs secateur[hf,onnx]")
 def test_a_transformer_is_pruned_saved_and_exported_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     load_torchvision()  # transformers imports it, and a build of torch for CPUs alone lacks its operators
     names: dict[str, Any] = {"sc": sc, "torch": torch}
-    exec(compile(blocks("python")[2], "README.md", "exec"), names)
+    exec(compile(blocks("python")[4], "README.md", "exec"), names)
     plan, attention = names["pruned"].plan, names["small"].bert.encoder.layer[0].attention.self
     assert attention.query.weight.shape == (32, 32)  # half of the heads, half of the residual stream
     assert plan.params[1] == sum(parameter.numel() for parameter in names["small"].parameters())

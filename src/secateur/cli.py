@@ -169,7 +169,10 @@ def prune(
         str | None, typer.Option(metavar="LIMIT", help="Parameters that may remain: 0.5 for half, or a whole number.")
     ] = None,
     criterion: Annotated[str, typer.Option(help="What makes a channel important; see `secateur criteria`.")] = "l2",
-    scope: Annotated[str, typer.Option(help="What competes: 'layer' or 'global'.")] = "global",
+    scope: Annotated[
+        str | None,
+        typer.Option(help="What competes: 'global' (default for budgets), 'layer' (for --sparsity) or 'isomorphic'."),
+    ] = None,
     round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this number.")] = 1,
     ignore: Annotated[list[str], typer.Option(help="Module name or pattern whose outputs stay; may be repeated.")] = [],  # noqa: B006 - typer copies it
     prune_residual: PruneResidual = False,
