@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from secateur.report.statistics import Estimate, estimate
 
 Row = Mapping[str, Any]
+DEFAULT = "l2:global"  # what `prune` does with a budget
 ENOUGH_LOST = 0.30  # accuracy that unrepaired l1 must have lost for the headline
 
 
@@ -22,7 +23,8 @@ def section_lines(results: Mapping[str, Any], file: str) -> list[str]:
         "Commands: `python benchmarks/methods.py channels|weights|contest|iterative --data-dir DATA`, then `collect`. "
         f"File: `benchmarks/results/{file}`. Data: {protocol['data']}. Calibration: {protocol['calibration']}. "
         f"Fine-tuning: SGD, learning rate {tuning['lr']} falling along a cosine, batches of {tuning['batch_size']}, "
-        f"weight decay {tuning['weight_decay']}. Accuracies are on the test set, means over seeds; nothing is selected "
+        f"weight decay {tuning['weight_decay']}. `slimming` starts from {protocol['slimming']}. "
+        "Accuracies are on the test set, means over seeds; nothing is selected "
         "on it. Trials that are not finished are left empty.",
         "",
     ]
@@ -31,6 +33,7 @@ def section_lines(results: Mapping[str, Any], file: str) -> list[str]:
         if rows:
             dense = [row["dense_test"] for row in results["dense"] if row["net"] == net]
             lines += _headline(title, rows, fmean(dense)) + _channels(title, rows)
+    lines += _against_random(results["channels"])
     return lines + _weights(results["weights"]) + _contest(results["contest"]) + _iterative(results["iterative"])
 
 
@@ -55,25 +58,40 @@ def _headline(title: str, rows: Sequence[Row], dense: float) -> list[str]:
 def _channels(title: str, rows: Sequence[Row]) -> list[str]:
     direct, tuned = ([row for row in rows if row["stage"] == stage] for stage in ("direct", "tuned"))
     levels, tuned_levels = sorted({row["level"] for row in direct}), sorted({row["level"] for row in tuned})
-    header = ["criterion (scope)", *(f"{level:.0%}" for level in levels)]
+    header = ["criterion (scope)", "seeds", *(f"{level:.0%}" for level in levels)]
     header += [f"{level:.0%}, fine-tuned" for level in tuned_levels]
 
     def cells(setting: tuple[str, str]) -> list[str]:
         ours = [_of(part, setting) for part in (direct, tuned)]
         shown = [_pair(_at(ours[0], level, "cut_test"), _at(ours[0], level, "repaired_test")) for level in levels]
-        return [*shown, *(_percent(_at(ours[1], level, "tuned_test")) for level in tuned_levels)]
+        seeds = sorted({row["seed"] for row in ours[0]})
+        return [
+            ", ".join(map(str, seeds)),
+            *shown,
+            *(_percent(_at(ours[1], level, "tuned_test")) for level in tuned_levels),
+        ]
 
     settings = sorted({(row["criterion"], row["scope"]) for row in rows})
-    seeds = sorted({row["seed"] for row in rows})
     return [
         f"### {title}: channels removed, just cut -> repaired",
         "",
-        f"Seeds {', '.join(map(str, seeds))}. Levels are fractions of the channels of every group (scope layer), or of "
-        "all channels (other scopes).",
+        "Levels are fractions of the channels of every group (scope layer), or of all channels (other scopes).",
         "",
         *_table(header, [[f"{name} ({scope})", *cells((name, scope))] for name, scope in settings]),
         "",
     ]
+
+
+def _against_random(rows: Sequence[Row]) -> list[str]:
+    """The default criterion against the control, paired, over all levels, nets and seeds."""
+    lines = []
+    for stage, title in (("repaired", "repaired"), ("tuned", "repaired and fine-tuned")):
+        part = [row for row in rows if row["scope"] == "layer" and f"{stage}_test" in row]
+        sides = [[row for row in part if row["criterion"] == name] for name in ("l2", "random")]
+        if all(sides):
+            found = paired(*sides, f"{stage}_test")
+            lines.append(f"- {title}: {_points(found)}, {found.seeds} pairs")
+    return ["`l2` less `random`, paired over levels, nets and seeds:", "", *lines, ""] if lines else []
 
 
 def _weights(rows: Sequence[Row]) -> list[str]:
@@ -101,27 +119,30 @@ def _contest(rows: Sequence[Row]) -> list[str]:
     settings = sorted({row["setting"] for row in rows})
     keys = sorted({(row["checkpoint"], row["seed"]) for row in rows})
 
-    def value(setting: str, key: tuple[int, int]) -> float | None:
+    def value(setting: str, key: tuple[int, int], part: str = "test") -> float | None:
         mine = [row for row in rows if row["setting"] == setting and (row["checkpoint"], row["seed"]) == key]
-        return mine[0]["tuned_test"] if mine else None
+        return mine[0][f"tuned_{part}"] if mine else None
 
     body = []
     for setting in settings:
         found = [value(setting, key) for key in keys]
-        body.append([f"`{setting}`", *map(_percent, found), _percent(_mean(found))])
+        chosen_by = _mean(value(setting, key, "validation") for key in keys)
+        title = f"**`{setting}`, our default**" if setting == DEFAULT else f"`{setting}`"
+        body.append([title, *map(_percent, found), _percent(_mean(found)), _percent(chosen_by)])
     epochs = sorted({row["epochs"] for row in rows})
     lines = [
         f"### Half of the MACs, equal fine-tuning ({', '.join(map(str, epochs))} epochs), against Torch-Pruning",
         "",
-        "One column per checkpoint and seed of the fine-tuning: all rows of a column start from the same dense net.",
+        "One column per checkpoint and seed of the fine-tuning: all rows of a column start from the same dense net. "
+        "The last column is what a choice may be made by; Torch-Pruning 1.6.1 ranks globally, in 200 small steps.",
         "",
-        *_table(["setting", *(f"net {net}, seed {seed}" for net, seed in keys), "mean"], body),
+        *_table(["setting", *(f"net {net}, seed {seed}" for net, seed in keys), "mean", "validation"], body),
         "",
     ]
     peers = [setting for setting in settings if setting.startswith("torch_pruning")]
-    if peers and "default" in settings:
+    if peers and DEFAULT in settings:
         best = max(peers, key=lambda setting: _mean([value(setting, key) for key in keys]) or 0.0)
-        pairs = [(value("default", key), value(best, key)) for key in keys]
+        pairs = [(value(DEFAULT, key), value(best, key)) for key in keys]
         found = estimate([ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None])
         lines += [f"Our default less `{best}`, the better of the two, paired: {_points(found)}.", ""]
     return lines
@@ -151,14 +172,10 @@ def _iterative(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def paired(rows: Iterable[Row], ours: Callable[[Row], bool], theirs: Callable[[Row], bool], stage: str) -> Estimate:
+def paired(ours: Iterable[Row], theirs: Iterable[Row], value: str) -> Estimate:
     """The paired difference of two kinds of rows, over everything else that tells trials apart."""
-    sides: list[dict[tuple[Any, ...], float]] = [{}, {}]
-    for row in rows:
-        for side, belongs in zip(sides, (ours, theirs), strict=True):
-            if belongs(row) and stage in row:
-                side[row["net"], row["seed"], row["level"]] = row[stage]
-    return estimate([sides[0][key] - sides[1][key] for key in sides[0].keys() & sides[1].keys()])
+    sides = [{(row["net"], row["seed"], row["level"]): row[value] for row in rows} for rows in (ours, theirs)]
+    return estimate([sides[0][key] - sides[1][key] for key in sorted(sides[0].keys() & sides[1].keys())])
 
 
 def _of(rows: Sequence[Row], setting: tuple[str, str]) -> list[Row]:

@@ -43,6 +43,8 @@ CALIBRATION = 2000  # augmented training images, for criteria and repair
 WEIGHT_LEVELS = (0.5, 0.75, 0.875, 0.9375, 0.96875)
 MAX_MACS = 0.5
 DENSE_EPOCHS = 36
+SLIMMING_EPOCHS = 4
+SLIMMING_STRENGTH = 1e-4
 EXAMPLE = (1, 3, 32, 32)
 
 
@@ -81,6 +83,16 @@ class Bench:
         batches = training_batches(self.parts, self.seed, first_epoch=DENSE_EPOCHS)
         return fit(model, batches, replace(TUNING, epochs=epochs, seed=self.seed, **changes), hooks=hooks).model
 
+    def slimmed(self) -> Bench:
+        """The same after a few epochs with the penalty on BatchNorm scales, which network slimming asks for."""
+        other = copy.copy(self)
+        recipe = replace(TUNING, epochs=SLIMMING_EPOCHS, seed=self.seed)
+        batches = training_batches(self.parts, self.seed, first_epoch=DENSE_EPOCHS)
+        checkpoint = RUNS / "methods" / f"slimmed-{self.net}-seed{self.seed}.pt"
+        hooks = (sc.GammaPenalty(SLIMMING_STRENGTH),)
+        other.model = fit(self.model, batches, recipe, hooks=hooks, checkpoint=checkpoint).model
+        return other
+
     def repaired(self, small: nn.Module, plan: sc.Plan) -> nn.Module:
         """The model after repair without gradients."""
         return sc.repair(small, self.calibration, dense=self.model, plan=plan, forward=in_bf16, seed=self.seed)
@@ -102,7 +114,8 @@ def channels(options: argparse.Namespace, bench: Bench) -> None:
             unit = {"net": bench.net, "seed": bench.seed, "criterion": name, "scope": scope}
             with trials.claimed(unit) as mine:
                 if mine:
-                    _levels(options, bench, graph, trials, unit)
+                    subject = bench.slimmed() if name == "slimming" else bench
+                    _levels(options, subject, graph, trials, unit)
 
 
 def _levels(options: argparse.Namespace, bench: Bench, graph: Graph, trials: Trials, unit: Mapping[str, Any]) -> None:
@@ -289,6 +302,7 @@ def collect() -> None:
         "calibration": f"{CALIBRATION:,} augmented training images, for criteria and repair",
         "tuning": {**tuning, "batch_size": BATCH_SIZE},
         "titles": {name: net.title for name, net in NETS.items()},
+        "slimming": f"{SLIMMING_EPOCHS} more epochs with the penalty {SLIMMING_STRENGTH:g} on BatchNorm scales",
         "max_macs": MAX_MACS,
     }
     results = {"protocol": protocol, "machine": describe(), **rows}
