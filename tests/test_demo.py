@@ -67,6 +67,7 @@ def test_pruning_is_physical_proved_and_costs_something(finished):
         assert record.verified_difference < 1e-6
         assert record.accuracy_dense > 0.5  # two epochs: far above one in ten
         assert record.accuracy_pruned < record.accuracy_dense
+        assert record.accuracy_repaired is not None and record.accuracy_repaired > record.accuracy_pruned
 
 
 def test_criteria_choose_different_channels(finished):

@@ -443,3 +443,19 @@ def test_a_click_on_a_heading_sorts_the_table_and_the_menu_changes_the_widths(tm
     dom, _ = opened(page, tmp_path / "profile")
     assert 'data-sorted="true"' in dom
     assert 'data-widths="6,12"' in dom
+
+
+def test_repaired_accuracy_is_shown_where_every_trial_has_it() -> None:
+    plain, mended = study(), [replace(r, accuracy_repaired=r.accuracy_finetuned - 0.01) for r in study()]
+    for records, shown in ((plain, False), (mended, True)):
+        summaries = summarise(records)
+        text = " ".join([*find(records, summaries).facts, *(tile.detail for tile in find(records, summaries).tiles)])
+        assert ("Repair, without a gradient step" in text) == shown and ("repaired" in text) == shown
+        figure = accuracy_over_sparsity(records, summaries)
+        assert any(str(trace.name).endswith(", repaired") for trace in figure.data) == shown
+        rows = markdown_table(summaries).splitlines()
+        column = [cell.strip() for cell in rows[0].split("|")].index("repaired (%)")
+        assert (rows[2].split("|")[column].strip() == "-") != shown
+    assert Record.from_json(mended[0].to_json()) == mended[0]
+    with pytest.raises(ArtifactError, match="accuracy_repaired"):
+        replace(mended[0], accuracy_repaired=1.5)

@@ -127,7 +127,7 @@ def demo(
         raise typer.Exit(130) from None
     if not outcome.new:
         typer.echo(f"All {len(trials)} trials were done before: only the report was written again.", err=True)
-    _show(terminal_table(summarise(outcome.records), "digits_net on handwritten digits, test data"), least_width=112)
+    _show(terminal_table(summarise(outcome.records), "digits_net on handwritten digits, test data"), least_width=128)
     typer.echo(f"Report: {outcome.report.resolve()}")
 
 

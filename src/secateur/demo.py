@@ -1,4 +1,4 @@
-"""The demo: a small network on handwritten digits, pruned by four criteria, fine-tuned, measured, reported.
+"""The demo: a small network on handwritten digits, pruned by four criteria, repaired, fine-tuned, measured, reported.
 
 `run_demo` is the whole story and `run_trial` that of one trial. Every finished trial is on disk before the next one
 starts, so that an interrupted demo goes on where it stopped.
@@ -24,6 +24,7 @@ from secateur.files import write_bytes
 from secateur.measuring import measure
 from secateur.nets import digits_net
 from secateur.pruning import prune
+from secateur.repairing import repair
 from secateur.report import Record, read_records, write_records, write_report
 from secateur.report.provenance import environment
 from secateur.report.records import LayerWidth, Pair
@@ -107,20 +108,26 @@ def run_demo(out: Path, trials: Sequence[Trial], told: Told = lambda done, line:
                 records[trial.key] = record = run_trial(trial, dense, origin)
                 write_records(file, records.values())
                 done += 1
-                told(done, f"{trial}: {record.accuracy_pruned:.1%} pruned, {record.accuracy_finetuned:.1%} fine-tuned")
+                told(done, f"{trial}: {_stages(record)}")
     wanted = tuple(records[trial.key] for trial in trials)
     return Outcome(wanted, write_report(wanted, out / "report.html", "Demo on handwritten digits"), len(missing))
 
 
+def _stages(record: Record) -> str:
+    mended = "" if record.accuracy_repaired is None else f"{record.accuracy_repaired:.1%} repaired, "
+    return f"{record.accuracy_pruned:.1%} pruned, {mended}{record.accuracy_finetuned:.1%} fine-tuned"
+
+
 def run_trial(trial: Trial, dense: Baseline, origin: dict[str, Any]) -> Record:
-    """Prune, verify, evaluate, fine-tune, evaluate, measure: everything that happens to one model."""
+    """Prune, verify, repair, fine-tune, evaluate in between, measure: everything that happens to one model."""
     start = time.perf_counter()
     data, example = dense.splits, example_batch(dense.splits, 1)
     pruned = prune(
         dense.model, example, criterion=trial.criterion, sparsity=trial.sparsity, scope="layer", seed=trial.seed
     )
     accuracy_pruned = accuracy(pruned.model, data, "test")
-    tuned = train(pruned.model, data, RECOVERY, trial.seed)
+    repaired = repair(pruned.model, batches(data, trial.seed), dense=dense.model, plan=pruned.plan, seed=trial.seed)
+    tuned = train(repaired, data, RECOVERY, trial.seed)
     timed = example_batch(data, TIMED_BATCH)
     latency = measure(tuned, timed, baseline=dense.model, seconds=TIMED_SECONDS, threads=1)["eager"]
     assert latency.baseline_ms is not None and latency.speedup is not None  # a baseline was passed
@@ -134,6 +141,7 @@ def run_trial(trial: Trial, dense: Baseline, origin: dict[str, Any]) -> Record:
         seed=trial.seed,
         accuracy_dense=dense.test,
         accuracy_pruned=accuracy_pruned,
+        accuracy_repaired=accuracy(repaired, data, "test"),
         accuracy_finetuned=accuracy(tuned, data, "test"),
         params=Pair(*pruned.summary.params),
         macs=Pair(*pruned.summary.macs),
@@ -178,8 +186,12 @@ def restore_(model: nn.Module, path: Path, origin: dict[str, Any]) -> bool:
 
 def train(model: nn.Module, data: Splits, recipe: Recipe, seed: int) -> nn.Module:
     """A trained copy; the last epoch is taken, so that nothing is selected."""
-    batches = Batches(data.train, BATCH_SIZE, seed=seed, augmentation=data.augmentation)
-    return fit(model, batches, recipe, progress=False).model
+    return fit(model, batches(data, seed), recipe, progress=False).model
+
+
+def batches(data: Splits, seed: int) -> Batches:
+    """The augmented training images."""
+    return Batches(data.train, BATCH_SIZE, seed=seed, augmentation=data.augmentation)
 
 
 def accuracy(model: nn.Module, data: Splits, part: str) -> float:
@@ -202,6 +214,7 @@ def fingerprint() -> dict[str, Any]:
         "settings": {
             "training": f"{TRAINING.epochs} epochs, SGD, lr {TRAINING.lr:g}",
             "fine-tuning": f"{RECOVERY.epochs} epochs, SGD, lr {RECOVERY.lr:g}",
+            "repair": "least squares, BatchNorm statistics",
             "training batch": BATCH_SIZE,
             "latency": f"batch of {TIMED_BATCH}, 1 thread, PyTorch eager",
             "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12],

@@ -19,7 +19,7 @@ DODGE = 0.004  # criteria stand side by side, so that their error bars do not co
 
 
 def accuracy_over_sparsity(records: Sequence[Record], summaries: Sequence[Summary]) -> Figure:
-    """The classic chart: the dense model on top, fine-tuned below it, pruned lowest; one colour per criterion."""
+    """The classic chart: dense on top, fine-tuned and repaired below it, pruned lowest; one colour per criterion."""
     figure = _figure("channels removed", "test accuracy", height=460)
     dense = _dense(records)
     right = max(s.sparsity for s in summaries) + 0.03
@@ -36,6 +36,19 @@ def accuracy_over_sparsity(records: Sequence[Record], summaries: Sequence[Summar
             hovertemplate=_HOVER,
         )
         figure.data[-1].update(line={"dash": "dot", "width": 1.8}, marker={"color": SURFACE})
+        mended = [s for s in rows if s.accuracy_repaired]
+        if mended:
+            figure.add_scatter(
+                x=[s.sparsity + shift for s in mended],
+                y=[s.accuracy_repaired.mean for s in mended if s.accuracy_repaired],
+                mode="lines",
+                name=f"{name}, repaired",
+                legendgroup=name,
+                showlegend=False,
+                line={"color": colour, "width": 1.8, "dash": "dashdot"},
+                customdata=[_hover(s) for s in mended],
+                hovertemplate=_HOVER,
+            )
         figure.add_scatter(
             **_line(rows, lambda s: s.accuracy_finetuned, shift, colour, symbol),
             name=escape(name),
@@ -43,7 +56,10 @@ def accuracy_over_sparsity(records: Sequence[Record], summaries: Sequence[Summar
             customdata=[_hover(s) for s in rows],
             hovertemplate=_HOVER,
         )
-    for stage, dash in (("dense", "dash"), ("fine-tuned", "solid"), ("pruned", "dot")):
+    stages = {"dense": "dash", "fine-tuned": "solid", "repaired": "dashdot", "pruned": "dot"}
+    if all(s.accuracy_repaired is None for s in summaries):
+        del stages["repaired"]
+    for stage, dash in stages.items():
         line = {"color": MUTED, "dash": dash, "width": 2}
         figure.add_scatter(x=[None], y=[None], mode="lines", name=stage, legend="legend2", line=line)
     figure.update_xaxes(range=[0, right], tickformat=".0%", dtick=0.1)
@@ -159,8 +175,8 @@ def _curves(summaries: Sequence[Summary]) -> list[tuple[str, tuple[str, str], li
 
 
 _HOVER = (
-    "<b>%{customdata[0]}</b><br>dense %{customdata[1]}<br>pruned %{customdata[2]}<br>fine-tuned %{customdata[3]}"
-    "<br>%{customdata[4]}<br>speed-up %{customdata[5]}<extra></extra>"
+    "<b>%{customdata[0]}</b><br>dense %{customdata[1]}<br>pruned %{customdata[2]}%{customdata[6]}"
+    "<br>fine-tuned %{customdata[3]}<br>%{customdata[4]}<br>speed-up %{customdata[5]}<extra></extra>"
 )
 
 
@@ -172,6 +188,7 @@ def _hover(summary: Summary) -> list[str]:
         fmt.accuracy(summary.accuracy_finetuned) + " %",
         f"{fmt.count(summary.macs)} MACs, {fmt.count(summary.params)} params",
         fmt.times(summary.speedup.mean),
+        f"<br>repaired {fmt.accuracy(summary.accuracy_repaired)} %" if summary.accuracy_repaired else "",
     ]
 
 

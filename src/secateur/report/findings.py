@@ -40,7 +40,7 @@ def find(records: Sequence[Record], summaries: Sequence[Summary]) -> Findings:
     chosen = choose(summaries)
     return Findings(
         headline=_headline(chosen),
-        facts=tuple(filter(None, [_choice(chosen), _latency(chosen), _against_random(records)])),
+        facts=tuple(filter(None, [_choice(chosen), _repair(chosen), _latency(chosen), _against_random(records)])),
         warnings=tuple(warning for check in WARNINGS for warning in check(records, summaries)),
         chosen=chosen,
         tiles=_tiles(chosen),
@@ -86,6 +86,14 @@ def _choice(chosen: Summary) -> str:
         f"The setting shown is {chosen.criterion} with {removed} of the channels removed. It was chosen on {where}: "
         f"{rule}. All accuracies on this page are on test data."
     )
+
+
+def _repair(chosen: Summary) -> str:
+    if chosen.accuracy_repaired is None:
+        return ""
+    cut, mended, dense = chosen.accuracy_pruned.mean, chosen.accuracy_repaired.mean, chosen.accuracy_dense.mean
+    text = f"Repair, without a gradient step, takes it from {fmt.percent(cut)} to {fmt.percent(mended)}"
+    return f"{text}: {fmt.percent((mended - cut) / (dense - cut), 0)} of what was lost." if dense > cut else f"{text}."
 
 
 def _latency(chosen: Summary) -> str:
@@ -136,7 +144,8 @@ def _tiles(chosen: Summary) -> tuple[Tile, ...]:
         Tile(
             "Accuracy, fine-tuned",
             fmt.percent(chosen.accuracy_finetuned.mean),
-            f"dense {fmt.percent(chosen.accuracy_dense.mean)}, pruned only {fmt.percent(chosen.accuracy_pruned.mean)}",
+            f"dense {fmt.percent(chosen.accuracy_dense.mean)}, pruned only {fmt.percent(chosen.accuracy_pruned.mean)}"
+            + (f", repaired {fmt.percent(chosen.accuracy_repaired.mean)}" if chosen.accuracy_repaired else ""),
         ),
         Tile(
             "Multiply-accumulates",

@@ -61,6 +61,7 @@ class Record:
     verified_difference: float  # pruned model against the zeroed original, relative to the largest output
     widths: tuple[LayerWidth, ...]
     seconds: float  # wall clock of the whole trial
+    accuracy_repaired: float | None = None  # after repair without gradients, before any fine-tuning
     latency_noise: float | None = None  # distance of the quartiles of the pruned model's timings, over their median
     validation_dense: float | None = None
     validation_finetuned: float | None = None
@@ -69,8 +70,10 @@ class Record:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)  # versions, machine, data, settings
 
     def __post_init__(self) -> None:
-        for name in ("accuracy_dense", "accuracy_pruned", "accuracy_finetuned", "sparsity"):
+        for name in ("accuracy_dense", "accuracy_pruned", "accuracy_repaired", "accuracy_finetuned", "sparsity"):
             value = getattr(self, name)
+            if value is None and name == "accuracy_repaired":
+                continue
             if not 0.0 <= value <= 1.0:
                 raise ArtifactError(f"a record's {name} is a fraction in [0, 1], got {value!r} in trial {self.key!r}.")
         for name in ("params", "macs", "latency_ms"):

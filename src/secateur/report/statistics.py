@@ -43,6 +43,7 @@ class Summary:
     seeds: tuple[int, ...]
     accuracy_dense: Estimate
     accuracy_pruned: Estimate
+    accuracy_repaired: Estimate | None  # None where a trial has none
     accuracy_finetuned: Estimate
     drop: Estimate  # accuracy_dense - accuracy_finetuned, paired by seed
     params: float  # means of the pruned models
@@ -139,6 +140,7 @@ def _summary(records: Sequence[Record]) -> Summary:
         seeds=tuple(sorted(record.seed for record in records)),
         accuracy_dense=estimate(r.accuracy_dense for r in records),
         accuracy_pruned=estimate(r.accuracy_pruned for r in records),
+        accuracy_repaired=_repaired(records),
         accuracy_finetuned=estimate(r.accuracy_finetuned for r in records),
         drop=estimate(r.drop for r in records),
         params=mean(lambda r: r.params.after),
@@ -153,6 +155,11 @@ def _summary(records: Sequence[Record]) -> Summary:
         validation_drop=_validation_drop(records),
         widths=first.widths,
     )
+
+
+def _repaired(records: Sequence[Record]) -> Estimate | None:
+    found = [r.accuracy_repaired for r in records if r.accuracy_repaired is not None]
+    return estimate(found) if len(found) == len(records) else None
 
 
 def _validation_drop(records: Sequence[Record]) -> float | None:

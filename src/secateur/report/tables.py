@@ -32,6 +32,13 @@ class Column:
         return f"{self.head} ({self.unit})" if self.unit else self.head
 
 
+NOTHING = "-"
+
+
+def _repaired(summary: Summary) -> str:
+    return fmt.accuracy(summary.accuracy_repaired) if summary.accuracy_repaired else NOTHING
+
+
 COLUMNS = (
     Column("criterion", "", lambda s: s.criterion, lambda s: s.criterion, numeric=False),
     Column("removed", "%", lambda s: f"{s.sparsity * 100:.0f}", lambda s: s.sparsity),
@@ -40,6 +47,7 @@ COLUMNS = (
     Column("MACs kept", "%", lambda s: f"{s.macs_kept * 100:.0f}", lambda s: s.macs_kept),
     Column("dense", "%", lambda s: fmt.accuracy(s.accuracy_dense), lambda s: s.accuracy_dense.mean),
     Column("pruned", "%", lambda s: fmt.accuracy(s.accuracy_pruned), lambda s: s.accuracy_pruned.mean),
+    Column("repaired", "%", _repaired, lambda s: s.accuracy_repaired.mean if s.accuracy_repaired else -1.0),
     Column("fine-tuned", "%", lambda s: fmt.accuracy(s.accuracy_finetuned), lambda s: s.accuracy_finetuned.mean),
     Column("latency", "ms", lambda s: fmt.significant(s.latency_ms), lambda s: s.latency_ms),
     Column("speed-up", "", lambda s: fmt.times(s.speedup.mean), lambda s: s.speedup.mean),
@@ -63,6 +71,11 @@ TRIAL_COLUMNS = (
     TrialColumn("seed", lambda r: str(r.seed), lambda r: r.seed),
     TrialColumn("dense %", lambda r: f"{r.accuracy_dense * 100:.2f}", lambda r: r.accuracy_dense),
     TrialColumn("pruned %", lambda r: f"{r.accuracy_pruned * 100:.2f}", lambda r: r.accuracy_pruned),
+    TrialColumn(
+        "repaired %",
+        lambda r: NOTHING if r.accuracy_repaired is None else f"{r.accuracy_repaired * 100:.2f}",
+        lambda r: -1.0 if r.accuracy_repaired is None else r.accuracy_repaired,
+    ),
     TrialColumn("fine-tuned %", lambda r: f"{r.accuracy_finetuned * 100:.2f}", lambda r: r.accuracy_finetuned),
     TrialColumn("params", lambda r: f"{r.params.after:,}", lambda r: r.params.after),
     TrialColumn("MACs", lambda r: f"{r.macs.after:,}", lambda r: r.macs.after),
