@@ -105,13 +105,25 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
     assert not missing
 
 
-def test_the_own_loop_example_shrinks_saves_and_loads(capsys: pytest.CaptureFixture[str]) -> None:
-    path = ROOT / "examples" / "own_loop.py"
-    spec = importlib.util.spec_from_file_location("own_loop", path)
+def run_example(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main()
+
+
+def test_a_criterion_of_ones_own_prunes_and_repair_brings_accuracy_back(capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("own_criterion")
+    lines = capsys.readouterr().out.splitlines()
+    for line, name in zip(lines[1:4], ("l2", "loud_and_strong", "ensemble(l2, loud_and_strong)"), strict=True):
+        cut, repaired = map(float, re.findall(r"([\d.]+)%", line))
+        assert line.startswith(name) and repaired > cut + 10
+    assert "90.00%" in lines[-1] and float(re.findall(r"([\d.]+)%", lines[-1])[0]) > 80
+
+
+def test_the_own_loop_example_shrinks_saves_and_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("own_loop")
     lines = capsys.readouterr().out.splitlines()
     macs = [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("dense")]
     steps = [int(line.split()[2].replace(",", "")) for line in lines if line.startswith("step")]
