@@ -136,6 +136,29 @@ def test_a_flattened_map_is_one_channel_again() -> None:
     assert np.allclose(scores(model, "activation_mean")["a"], read.mean(axis=(0, 2, 3)))
 
 
+def test_the_norm_of_a_flattened_map_is_that_of_the_map() -> None:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        return s.head(F.relu(s.a(x)).flatten(1))
+
+    model = randomised(Net(forward, a=conv(3, 4), head=nn.Linear(4 * 36, 3)).double()).eval()
+    with torch.no_grad():
+        read = torch.cat([F.relu(model.a(x)) for x, _ in data()]).numpy()
+    assert np.allclose(scores(model, "output_norm")["a"], np.sqrt((read**2).sum(axis=(2, 3))).mean(axis=0))
+
+
+def test_variance_is_taken_where_each_layer_reads() -> None:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        h = s.a(x)
+        return s.head(pooled(s.b(h) + s.c(5 + h)))
+
+    model = randomised(Net(forward, a=conv(3, 4, 1), b=conv(4, 3), c=conv(4, 3), head=head(3)).double()).eval()
+    with torch.no_grad():
+        model.a.weight[2] = 0  # constant, but not the same for both of its readers
+        read = torch.cat([model.a(x) for x, _ in data()]).numpy()
+    found = scores(model, "activation_variance")["a"]
+    assert np.allclose(found, read.var(axis=(0, 2, 3))) and float(found[2]) < 1e-12
+
+
 # -- gradients and curvature -----------------------------------------------------------------------------------------
 
 
@@ -175,10 +198,17 @@ def test_hessian_estimates_the_trace_of_the_filter() -> None:
     diagonal = torch.stack([torch.stack([exact[i, j, i, j] for j in range(2)]) for i in range(3)])
     expected = diagonal.sum(1) / (2 * 2) * model.a.weight.detach().square().sum(1)
     graph = sc.trace(model, x[:2])
-    found = sc.score(graph, sc.observe(model, graph, [(x, y)] * 3000, ("hessian",)), "hessian")["a"]
-    assert torch.allclose(found, expected, rtol=0.15, atol=0.02 * float(expected.abs().max()))
+    found = sc.score(graph, sc.observe(model, graph, [(x, y)] * 700, ("hessian",)), "hessian")["a"]
+    assert torch.allclose(found, expected, rtol=0.2, atol=0.04 * float(expected.abs().max()))
     few = sc.score(graph, sc.observe(model, graph, [(x, y)], ("hessian",)), "hessian")["a"]
     assert not torch.allclose(few, expected, rtol=0.01)
+
+
+def test_evidence_of_no_graph_knows_no_groups() -> None:
+    model = net()
+    graph = sc.trace(model, data()[0][0])
+    with pytest.raises(InputError, match="knows no group 'a': pass `observe` the graph"):
+        sc.score(graph, sc.observe(model, None, data(), ("gradient",)), "taylor_fo")
 
 
 # -- reconstruction --------------------------------------------------------------------------------------------------
@@ -196,6 +226,14 @@ def test_thinet_grows_the_removed_set_that_disturbs_the_next_layer_least() -> No
         left = [j for j in range(4) if j not in order]
         order.append(min(left, key=lambda j: (parts[[*order, j]].sum(axis=0) ** 2).sum()))
     assert scores(model, "thinet")["a"].argsort().tolist() == order
+
+
+def test_thinet_finds_channels_that_give_nothing_equal() -> None:
+    model = net()
+    with torch.no_grad():
+        model.bn.bias[1] = model.bn.bias[3] = -100.0
+    found = scores(model, "thinet")["a"].tolist()
+    assert found[1] == found[3] == 0 and {found[0], found[2]} == {2, 3}
 
 
 def test_thinet_without_a_reading_layer_says_so() -> None:
@@ -312,6 +350,31 @@ def test_isomorphic_groups_compete_and_every_class_loses_the_same_fraction() -> 
         twins[2].weight[:6].mul_(1e-3)
     even = sc.prune(twins, x, criterion="l2", sparsity=0.25, scope="isomorphic", target=None).plan
     assert {row.layer: row.after for row in even.widths}["2"] < 8
+
+
+def test_structures_do_not_depend_on_widths() -> None:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(s.b(torch.tanh(s.a(x) + s.first)) + s.second)
+        return s.head(h.mean(1))
+
+    places = {"first": nn.Parameter(torch.ones(1, 5, 6)), "second": nn.Parameter(torch.ones(1, 5, 10))}
+    model = Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 10), head=nn.Linear(10, 3), **places)
+    graph = sc.trace(model, torch.randn(2, 5, 4))
+    given = {"a": torch.arange(6.0), "b": torch.arange(10.0) + 100}
+    plan = sc.select(graph, given, sc.Target(sparsity=0.25), scope="isomorphic", normalise=False)
+    assert {row.layer: row.after for row in plan.widths} == {"a": 2, "b": 10, "head": 3}  # they compete: 4 of 16
+
+
+def test_a_budget_is_spent_isomorphically() -> None:
+    layers = [conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8, 1), nn.ReLU(), conv(8, 8, 1), nn.ReLU()]
+    model = randomised(nn.Sequential(*layers, conv(8, 2, 1)).double())
+    graph = sc.trace(model, data()[0][0])
+    given = {group.name: torch.arange(8.0) * 10**number for number, group in enumerate(graph.prunable)}
+    plan = sc.select(graph, given, sc.Target(max_macs=0.5), scope="isomorphic", normalise=False)
+    after = {row.layer: row.after for row in plan.widths}
+    # classes: a 3x3 layer read by a 3x3 layer; one read by a 1x1 layer; the two 1x1 layers, which compete
+    assert abs(after["0"] - after["2"]) <= 1 and abs(after["4"] + after["6"] - 2 * after["2"]) <= 2
+    assert after["4"] < after["6"] and plan.macs[1] <= plan.macs[0] / 2
 
 
 def test_a_budget_is_spent_globally_and_a_sparsity_by_layer_unless_told_otherwise() -> None:

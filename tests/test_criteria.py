@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import secateur as sc
+from nets_attention import ATTENTION
 from nets_for_tests import CASES, Case, Net, conv, head, pooled, randomised
 from secateur.criteria.sequential import Greedy
 from secateur.criteria.table import CRITERIA, needs_of, resolve
@@ -67,6 +70,52 @@ def test_scores_are_finite_one_per_channel_and_the_same_every_time(criterion: st
     for name, score in first.items():
         assert score.shape == (case.free[name],) and torch.isfinite(score).all() and score.is_floating_point()
         assert torch.equal(score, again[name])
+
+
+# Their draws go by position: what they estimate does not depend on the order, what they give does.
+DRAWN = {"random", "hessian"}
+
+
+@pytest.mark.parametrize("case", [*CLASSIFIERS, *(case for case in ATTENTION if case.inputs is None)], ids=str)
+def test_permuting_the_channels_of_a_model_permutes_the_scores(case: Case) -> None:
+    def loss(output: object, batch: object) -> Tensor:
+        return first(output).square().mean()
+
+    model, data = case.model(), batches(case)
+    graph = sc.trace(model, case.batch(2), form=getattr(case, "form", "live"))
+    twin, orders = permuted(model, graph)
+    assert torch.allclose(first(model(data[0][0])), first(twin(data[0][0])), atol=1e-10)
+    needs = sorted({need for criterion in CRITERIA for need in needs_of(criterion)} - {"hessian"})
+    facts, others = (sc.observe(each, graph, data, needs, positions=None, loss=loss) for each in (model, twin))
+    for criterion in sorted(set(CRITERIA) - DRAWN):
+        try:
+            expected = scored(criterion, graph, facts)
+        except InputError as error:
+            assert UNDEFINED.get(criterion, "no such words") in str(error)
+            continue
+        found = scored(criterion, graph, others)
+        for name, order in orders.items():
+            assert torch.allclose(found[name], expected[name][order], rtol=1e-8, atol=1e-10), (criterion, name)
+
+
+def permuted(model: nn.Module, graph: sc.Graph) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy in which row i of every slot of a group is what was row order[i]; balanced groups have the same order."""
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(3)
+    tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    orders = {group.name: torch.randperm(group.channels, generator=generator) for group in graph.prunable}
+    with torch.no_grad():
+        for group in graph.prunable:
+            orders[group.name] = orders[graph.together(group.name)[0]]
+            for slot in group.slots:
+                indices = torch.as_tensor(slot.indices)
+                rows = tensors[slot.tensor].index_select(slot.dim, indices[orders[group.name]].flatten())
+                tensors[slot.tensor].index_copy_(slot.dim, indices.flatten(), rows)
+    return twin, orders
+
+
+def first(output: object) -> Tensor:
+    """The first tensor of an output."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))

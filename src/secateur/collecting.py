@@ -6,13 +6,15 @@ sums. Sums over disjoint data add up, which is what makes evidence mergeable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from secateur.coupling.groups import Graph, Group
+from secateur.errors import InputError
 from secateur.layercalls import LayerCall
 
 CHUNK_BYTES = 1 << 26  # of the largest intermediate of per-sample gradients
@@ -40,6 +42,30 @@ class Observation:
         else:
             known[name] = value.clone()
 
+    def joined(self, side: str, name: str, values: Tensor, each: Tensor, over: Callable[[Tensor], Tensor]) -> Tensor:
+        """(samples, channels): `each`, which is `over` the last dimension of `values` (samples, channels, positions).
+
+        Where several entries along the weight's dimension are one channel of the graph (a flattened map, the width of
+        an attention head), `over` is taken over all of them together, and each of them holds that.
+        """
+        blocks = [(size, at) for size, at in self._blocks.get((side, name), ()) if values.shape[1] % size == 0]
+        found = each.clone() if blocks else each
+        for size, indices in blocks:
+            maps = values.reshape(len(values), -1, size, values.shape[2])[
+                :, :, indices
+            ]  # (samples, groups, channels, k, p)
+            found.view(len(values), -1, size)[:, :, indices] = over(maps.flatten(3))[..., None]
+        return found
+
+    @cached_property
+    def _blocks(self) -> dict[tuple[str, str], list[tuple[int, Tensor]]]:
+        """(side, weight) -> the length of its dimension, and (channels, k): its entries that are one channel each."""
+        found: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+        for slot in (slot for group in (self.graph.groups if self.graph else ()) for slot in group.slots):
+            if slot.indices.shape[1] > 1:
+                found.setdefault((slot.role, slot.tensor), []).append((slot.size, torch.as_tensor(slot.indices)))
+        return found
+
 
 class Collector:
     """Base of the collectors. `backward`: whether it needs the loss's gradient, `second`: its second derivative."""
@@ -61,7 +87,8 @@ class Activations(Collector):
     """Moments of what layers read and make.
 
     Per side ("input", "output") and weight, (channels,) each: `sum`, `square`, `absolute`, `zeros` over samples and
-    positions, `norm` (the L2 norm of a sample's map, over samples); and `count`, samples times positions.
+    positions, `norm` (the L2 norm of a sample's map, over samples); and `count`, samples times positions. A map that is
+    read flattened is one map still (`Observation.joined`).
     """
 
     def call(self, call: LayerCall) -> None:
@@ -69,12 +96,13 @@ class Activations(Collector):
         for side, values in (("input", call.inputs()), ("output", call.outputs())):
             values = values.detach()  # noqa: PLW2901
             norms = [torch.linalg.vector_norm(values, order, dim=2) for order in (0, 1, 2)]  # reads, makes no copies
+            lengths = self.observation.joined(side, call.name, values, norms[2], _length)
             entries = values.shape[0] * values.shape[2]
             self._add(side, "sum", call, values.sum((0, 2)))
             self._add(side, "square", call, norms[2].square().sum(0))
             self._add(side, "absolute", call, norms[1].sum(0))
             self._add(side, "zeros", call, entries - norms[0].sum(0))
-            self._add(side, "norm", call, norms[2].sum(0))
+            self._add(side, "norm", call, lengths.sum(0))
             self._add(side, "samples", call, torch.tensor(values.shape[0]))
             self._add(side, "count", call, torch.tensor(entries))
 
@@ -92,21 +120,41 @@ class ActivationGradients(Collector):
 
     def call(self, call: LayerCall) -> None:
         """Listen for the gradients of both sides."""
-        for side, tensor, shaped in (("input", call.input, call.inputs), ("output", call.output, call.outputs)):
-            if tensor.requires_grad:
-                self._listen(
-                    side, replace(call, input=tensor.detach(), output=tensor.detach()), tensor, shaped().detach()
-                )
+        if call.input.requires_grad:
+            call.input.register_hook(self._listener("input", call, call.input.detach()))  # type: ignore[no-untyped-call]
+        if call.output.requires_grad:  # a copy: nonlinearities may write over what a layer has made
+            _on_gradient(call.output, self._listener("output", call, call.output.detach().clone()))
 
-    def _listen(self, side: str, call: LayerCall, tensor: Tensor, values: Tensor) -> None:
-        def hook(gradient: Tensor) -> None:  # holds nothing that leads back to `tensor`: such a cycle lives on
+    def _listener(self, side: str, call: LayerCall, values: Tensor) -> Callable[[Tensor], None]:
+        seen = replace(call, input=values, output=values)  # nothing that leads back to the hooked tensor: a cycle
+
+        def hook(gradient: Tensor) -> None:
             if not self.observation.listening:
                 return
-            effect = (replace(call, input=gradient).inputs() * values).mean(2).abs().sum(0)
-            self.observation.add(f"{side}.taylor", call.name, effect * self.observation.batch_samples)
-            self.observation.add(f"{side}.taylor_samples", call.name, torch.tensor(values.shape[0]))
+            effects = replace(seen, input=gradient.detach()).inputs() * seen.inputs()
+            joined = self.observation.joined(side, seen.name, effects, effects.mean(2), _mean)
+            self.observation.add(f"{side}.taylor", seen.name, joined.abs().sum(0) * self.observation.batch_samples)
+            self.observation.add(f"{side}.taylor_samples", seen.name, torch.tensor(len(effects)))
 
-        tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        return hook
+
+
+def _on_gradient(output: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Give `hook` the gradient of what a layer has just made, also where that is written over later.
+
+    A view that is written over leaves the autograd graph, and its hooks with it; the tensor that it views stays.
+    """
+    made, shape = output if output._base is None else output._base, output.shape
+    made.register_hook(lambda gradient: hook(gradient.reshape(shape)))  # type: ignore[no-untyped-call]
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean(-1)
+
+
+def _length(values: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return length
 
 
 class Gradients(Collector):
@@ -138,7 +186,8 @@ class Fisher(Collector):
     """`fisher` per weight: the sum over samples of the squared gradient of the sample's own loss.
 
     The loss is taken to be a mean over the samples of the batch, and the first dimension of a layer's input to go
-    through them in order (windows of one image stand next to each other).
+    through them in order (windows of one image stand next to each other). Of a weight that is used more than once, the
+    squares of each use add up: products of gradients from different uses are left out.
     """
 
     backward = True
@@ -151,9 +200,9 @@ class Fisher(Collector):
 
         def hook(gradient: Tensor) -> None:
             if self.observation.listening:
-                self.observation.add("fisher", seen.name, self._squares(_differentiated(seen, gradient)))
+                self.observation.add("fisher", seen.name, self._squares(_differentiated(seen, gradient.detach())))
 
-        call.output.register_hook(hook)  # type: ignore[no-untyped-call]
+        _on_gradient(call.output, hook)
 
     def _squares(self, call: LayerCall) -> Tensor:
         """In the shape of the weight; the output of `call` is the gradient."""
@@ -249,7 +298,12 @@ class Curvatures(Collector):
         ]
         gradients = [p.grad for p in named.values() if p.grad is not None]
         self.observation.listening = False
-        products = torch.autograd.grad(gradients, list(named.values()), signs, allow_unused=True)
+        try:
+            products = torch.autograd.grad(gradients, list(named.values()), signs, allow_unused=True)
+        except RuntimeError as error:
+            raise InputError(
+                f"the model has no second derivative that torch can take ({error}): 'obd' gets along without."
+            ) from error
         self.observation.listening = True
         for name, sign, product in zip(named, signs, products, strict=True):
             if product is not None:

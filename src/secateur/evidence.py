@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from secateur.batches import Forward, Loss, default_forward, default_loss, first_tensor, logits_of, move
@@ -110,9 +112,10 @@ class Evidence:
     def activations(self, group: Group, statistic: str, per: str = "count", side: str = "input") -> Tensor:
         """(channels,): a mean of `statistic` over what was seen of a group's activations, averaged over its layers.
 
-        `per`: the statistic that it is divided by. `side`: "input", where the next layers read the channels (behind
-        norms and nonlinearities); "output", as the producing layers make them. Where the group has no such layer, the
-        other side. Raises InputError for a group that no layer call was seen to make or read.
+        `statistic`: one of those of the need "activation", or "variance". `per`: the statistic that it is divided by.
+        `side`: "input", where the next layers read the channels (behind norms and nonlinearities); "output", as the
+        producing layers make them. Where the group has no such layer, the other side. Raises InputError for a group
+        that no layer call was seen to make or read.
         """
         other = "output" if side == "input" else "input"
         found = self._at(group, statistic, per, side) or self._at(group, statistic, per, other)
@@ -127,12 +130,19 @@ class Evidence:
     def _at(self, group: Group, statistic: str, per: str, side: str) -> list[Tensor]:
         found = []
         for slot in group.slots:
-            total, count = self.of(f"{side}.{statistic}", slot.tensor), self.of(f"{side}.{per}", slot.tensor)
-            if slot.role == side and total is not None and count is not None and len(total) % slot.size == 0:
+            mean = self._mean(f"{side}.", slot.tensor, statistic, per) if slot.role == side else None
+            if mean is not None and len(mean) % slot.size == 0:
                 # a grouped convolution's weight has one position for several channels: one in every group
-                mean = (total / count).reshape(-1, slot.size).mean(0)
-                found.append(mean[torch.as_tensor(slot.indices)].mean(1))
+                each = mean.reshape(-1, slot.size).mean(0)
+                found.append(each[torch.as_tensor(slot.indices)].mean(1))
         return found
+
+    def _mean(self, side: str, name: str, statistic: str, per: str) -> Tensor | None:
+        if statistic == "variance":
+            mean, square = (self._mean(side, name, part, per) for part in ("sum", "square"))
+            return None if mean is None or square is None else (square - mean.square()).clamp_min(0)
+        total, count = self.of(side + statistic, name), self.of(side + per, name)
+        return None if total is None or count is None else total / count
 
     def _names(self, kind: str) -> frozenset[str]:
         return frozenset(self.sums.get(kind, {}))
@@ -218,7 +228,7 @@ def _pass(
         batch = tree_map_only(Tensor, _usable, move(raw, device))
         observation.batch_samples = _size(batch)
         with torch.set_grad_enabled(backward):
-            with watch:
+            with watch, sdpa_kernel(SDPBackend.MATH) if second else nullcontext():  # fused attention: once only
                 output = forward(model, batch)
             value = loss(output, batch) if backward else None
         if value is None:

@@ -13,7 +13,8 @@ from torch import nn
 from secateur.batches import Forward, Loss
 from secateur.coupling.groups import Graph
 from secateur.criteria.sequential import Greedy
-from secateur.criteria.table import check_scores
+from secateur.criteria.table import check_scores, resolve
+from secateur.errors import InputError
 from secateur.evidence import Evidence, observe
 from secateur.plans import Plan
 from secateur.selection import channels_to_keep, make_plan
@@ -24,7 +25,7 @@ from secateur.targets import Target, macs_of, params_of
 def select_in_order(
     model: nn.Module,
     graph: Graph,
-    criterion: Greedy,
+    criterion: str | Greedy,
     target: Target,
     data: Iterable[Any] | None = None,
     *,
@@ -40,7 +41,15 @@ def select_in_order(
     Before each group is scored, the channels chosen so far are zeroed and the criterion's evidence is gathered anew:
     weights of removed input channels are out of the sum, and later layers answer to what is left. The order is that of
     the layers, never global. `data`: iterated once per group that loses channels. The rest is as for `select`.
+
+    Raises InputError for a criterion that is not greedy, DataError for data that can be iterated only once, and what
+    `observe` and `select` raise.
     """
+    chooser = resolve(criterion)
+    if not isinstance(chooser, Greedy):
+        raise InputError(
+            f"criterion {criterion!r} does not choose in order: pass greedy({criterion!r}), or use `select`."
+        )
     even = {group.name: torch.zeros(group.channels) for group in graph.prunable}  # the counts depend on no score
     limits = ("layer", round_to, keep_at_least)
     counts = [
@@ -52,8 +61,8 @@ def select_in_order(
     for number, group in enumerate(graph.groups):
         if counts[number] == group.channels:
             continue
-        facts = replace(_evidence(zeroed, graph, criterion, data, seed, forward, loss), seed=seed)
-        scores = {group.name: criterion.criterion(group, facts)}
+        facts = replace(_evidence(zeroed, graph, chooser, data, seed, forward, loss), seed=seed)
+        scores = {group.name: chooser.criterion(group, facts)}
         check_scores(replace(graph, groups=(group,)), scores)
         order = np.argsort(scores[group.name].detach().cpu().double().numpy(), kind="stable")
         kept[number] = np.sort(order[group.channels - counts[number] :])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -69,12 +69,12 @@ def select(
     """Choose the channels to remove; see `Target` for how far.
 
     `scores`: per group name (channels,), higher means keep. `scope`: by default global where a budget is to be met, and
-    layer for a sparsity. `layer`, every group loses the same fraction,
-    rounded down; `global`, all channels compete, their scores first divided by their group's mean magnitude unless
-    `normalise` is False (DepGraph, arXiv 2301.12900); `isomorphic`, the same among groups of equal structure, each such
-    class losing the same fraction (Fang 2024, arXiv 2407.04616). `round_to`: widths that shrink end at a multiple of it
-    (in a layer of several groups, each group's part). `keep_at_least`: channels that every group keeps. `dense`: the
-    graph of the model that the target is about, where `graph` is of a model shrunk from it.
+    layer for a sparsity. `layer`, every group loses the same fraction, rounded down; `global`, all channels compete,
+    their scores first divided by their group's mean magnitude unless `normalise` is False (DepGraph, arXiv 2301.12900);
+    `isomorphic`, the same among groups of equal structure (the same kinds of slots, whatever their names and widths),
+    each such class losing the same fraction (Fang 2024, arXiv 2407.04616). `round_to`: widths that shrink end at a
+    multiple of it (in a layer of several groups, each group's part). `keep_at_least`: channels that every group keeps.
+    `dense`: the graph of the model that the target is about, where `graph` is of a model shrunk from it.
 
     Raises TargetError for a target that cannot be reached (naming the reachable limit), InputError for scores that do
     not fit, NothingToPruneError when every group is locked.
@@ -222,7 +222,8 @@ def _ordered_steps(graph: Graph, blocks: Sequence[Block], scope: str) -> list[St
 
 def _evenly_by_class(graph: Graph, blocks: Sequence[Block], steps: Sequence[Step]) -> list[Step]:
     """The same steps, so that at any point every class of blocks has lost about the same fraction of its channels."""
-    structures = [_structure(graph, block) for block in blocks]
+    along = {(slot.tensor, slot.dim) for group in graph.groups for slot in group.slots}
+    structures = [_structure(graph, block, along) for block in blocks]
     gone: Counter[Hashable] = Counter()
     whole: Counter[Hashable] = Counter()
     for structure, block in zip(structures, blocks, strict=True):
@@ -236,11 +237,19 @@ def _evenly_by_class(graph: Graph, blocks: Sequence[Block], steps: Sequence[Step
     return sorted(spread, key=lambda step: step.key)  # stable: inside a class the order stays
 
 
-def _structure(graph: Graph, block: Block) -> Hashable:
-    """What a block is made of, names and widths aside: dimensions of tensors, with their roles and kernels."""
+def _structure(graph: Graph, block: Block, along: Collection[tuple[str, int]]) -> Hashable:
+    """What a block is made of, names and widths aside: per slot its role, its dimension and the tensor's kernel.
+
+    A kernel is the tensor's shape behind its first two dimensions, without those that groups run `along`: their widths.
+    """
     slots = [slot for number in block.groups for slot in graph.groups[number].slots]
-    kinds = [(slot.role, slot.dim, len(graph.shapes[slot.tensor]), graph.shapes[slot.tensor][2:]) for slot in slots]
-    return tuple(sorted(kinds))
+    shapes = [list(enumerate(graph.shapes[slot.tensor])) for slot in slots]
+    kernels = [
+        tuple(size for dim, size in shape[2:] if (slot.tensor, dim) not in along)
+        for slot, shape in zip(slots, shapes, strict=True)
+    ]
+    kinds = zip(slots, shapes, kernels, strict=True)
+    return tuple(sorted((slot.role, slot.dim, len(shape), kernel) for slot, shape, kernel in kinds))
 
 
 def _means(block: Block) -> npt.NDArray[np.float64]:

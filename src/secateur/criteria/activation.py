@@ -46,12 +46,11 @@ def apoz(group: Group, evidence: Evidence) -> Tensor:
 def activation_variance(group: Group, evidence: Evidence) -> Tensor:
     """Variance of the activation over samples and positions: a channel that never changes is as good as a bias.
 
-    Var = E[a^2] - E[a]^2. Its mean belongs into the next layer's bias: `repair` puts it there ("fold", and with it
-    "least_squares"), which is exact for a variance of zero.
+    Var = E[a^2] - E[a]^2 where each layer reads the channel, then averaged. The mean belongs into that layer's bias:
+    `repair` puts it there ("fold", and with it "least_squares"), which is exact for a variance of zero.
     Source: Polyak and Wolf 2015, doi 10.1109/ACCESS.2015.2494536 (inbound pruning).
     """
-    mean, square = evidence.activations(group, "sum"), evidence.activations(group, "square")
-    return (square - mean.square()).clamp_min(0)
+    return evidence.activations(group, "variance")
 
 
 for _criterion in (output_norm, output_norm_pre, activation_mean, apoz, activation_variance):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.coupling.groups import Group
+from secateur.errors import InputError
 from secateur.evidence import Evidence
 
 
@@ -28,10 +29,13 @@ taylor.raw = True  # type: ignore[attr-defined]
 def taylor_fo(group: Group, evidence: Evidence) -> Tensor:
     """Squared first-order change of the loss when a filter goes, per batch, then averaged.
 
+    Raises InputError for evidence that was gathered without the group's graph.
     Source: Molchanov 2019, arXiv 1906.10771, equation 8: (sum over the filter of gradient x weight) squared.
     """
-    mean: Tensor = evidence.sums["taylor_fo"][group.name] / evidence.batches
-    return mean
+    total = evidence.of("taylor_fo", group.name)
+    if total is None:
+        raise InputError(f"this evidence knows no group {group.name!r}: pass `observe` the graph that is scored.")
+    return total / evidence.batches
 
 
 taylor_fo.needs = ("gradient",)  # type: ignore[attr-defined]

@@ -26,6 +26,7 @@ def thinet(group: Group, evidence: Evidence) -> Tensor:
         ranks[chosen] = rank
         cost += 2 * shared[chosen]
         cost[chosen] = torch.inf
+    ranks[shared.diagonal() <= 0] = 0  # channels that give nothing are equal, wherever they stand
     return ranks
 
 
