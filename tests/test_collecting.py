@@ -391,5 +391,5 @@ def test_second_derivatives_go_through_attention() -> None:
 
 def test_a_model_without_second_derivatives_is_told_so() -> None:
     model = randomised(nn.Sequential(nn.Linear(4, 5), nn.Hardsigmoid(), nn.Linear(5, 3)).double()).eval()
-    with pytest.raises(InputError, match="no second derivative.*hardsigmoid.*'obd'"):
+    with pytest.raises(InputError, match=r"no second derivative.*hardsigmoid.*'obd'"):
         sc.observe(model, None, batches((4,)), ("hessian",))

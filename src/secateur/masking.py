@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 
 from secateur.batches import Forward, Loss, default_forward, move
 from secateur.criteria.weights import SCOPES, WEIGHT_CRITERIA, WeightCriterion
-from secateur.errors import InputError, TargetError, UnknownNameError
+from secateur.errors import DataError, InputError, TargetError, TrainingError, UnknownNameError
 from secateur.evidence import Evidence, observe
 from secateur.inputs import check_model, check_weights, private_copy
 from secateur.layercalls import LayerCalls, observable
-from secateur.masks import Masks
+from secateur.masks import Held, Masks
 from secateur.plans import named_tensors, tensor_shapes
 from secateur.schedules import Schedule
 from secateur.schedules import resolve as resolve_schedule
 from secateur.sparsegpt import sparsegpt_rows
-from secateur.synflow import synflow_scores
+from secateur.synflow import ROUNDS, flow, positive, synflow_scores
 from secateur.targets import Target
 from secateur.weightlayers import WeightLayer, weight_layers
 
@@ -53,17 +53,26 @@ def ln_structured(model: nn.Module, sparsity: float, *, order: float = 2) -> Mas
     Source: torch.nn.utils.prune; Ou Yang and Xu, "Pruning in Deep Neural Network" (structured pruning).
     """
     Target(sparsity=sparsity)
-    copied = private_copy(model)
-    keep = {}
-    for name, module in copied.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            dim = 1 if module.transposed else 0
-            amount = math.floor(sparsity * module.weight.shape[dim] + 1e-9)
-            torch_prune.ln_structured(module, "weight", amount, order, dim)  # type: ignore[no-untyped-call]
-            keep[f"{name}.weight" if name else "weight"] = module.get_buffer("weight_mask").bool().cpu()
+    check_model(model)
+    check_weights(model)
+    copied, keep = private_copy(model), {}
+    for layer in _convolutions(weight_layers(model)):
+        module, dim = copied.get_submodule(layer.module), 1 if layer.transposed else 0
+        amount = math.floor(sparsity * layer.shape[dim] + 1e-9)
+        torch_prune.ln_structured(module, "weight", amount, order, dim)  # type: ignore[no-untyped-call]
+        keep[layer.name] = module.get_buffer("weight_mask").bool().cpu()
     if not keep:
         raise InputError("ln_structured masks filters of convolutions; the model has none.")
-    return Masks(keep, tensor_shapes(model))
+    return _masks(model, keep)
+
+
+def _convolutions(layers: Iterable[WeightLayer]) -> list[WeightLayer]:
+    return [layer for layer in layers if len(layer.shape) > 2 and not layer.bias]
+
+
+def _masks(model: nn.Module, keep: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> Masks:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Masks(keep, tensor_shapes(model), values or {}, parameters)
 
 
 SWEEP = "a forward pass and a sweep of weight updates, once per layer"
@@ -71,7 +80,7 @@ WEIGHT_METHODS: dict[str, WeightCriterion | WeightMethod] = {
     **WEIGHT_CRITERIA,
     "ln_structured": WeightMethod(ln_structured, (), ("layer",), patterns=False, cost="reads the weights"),
     "sparsegpt": WeightMethod(sparsegpt_rows, ("gram",), ("layer",), patterns=True, cost=SWEEP),
-    "synflow": WeightMethod(synflow_scores, (), ("global",), patterns=False, cost="100 backward passes, on ones"),
+    "synflow": WeightMethod(synflow_scores, (), ("global",), patterns=False, cost=f"{ROUNDS} backward passes, on ones"),
 }
 
 
@@ -98,48 +107,43 @@ def make_masks(
     `criterion`: a name that `secateur criteria` lists, or a callable (weight name, evidence) -> scores in the weight's
     shape, higher means keep. `sparsity`: the fraction removed, in [0, 1); or {layer pattern: fraction}, other layers
     keep all. `scope`: what competes: "layer", "global", or "row" (the weights of one output, a filter); by default what
-    the criterion's source does. `pattern`: "n:m" keeps n of every m consecutive input channels at each tap, as sparse
-    tensor cores read them, and needs no sparsity; (a, b) removes whole blocks of outputs x inputs at each tap.
+    the criterion's source does, and "layer" with a pattern, or where fractions per layer leave nothing global.
+    `pattern`: "n:m" keeps n of every m consecutive input channels at each tap, as sparse tensor cores read them, and
+    needs no sparsity; (a, b) removes whole blocks of outputs x inputs at each tap, by the sum of their scores.
 
     `data`: batches for criteria that look at them. `within`, `ignore`: layers to prune or to spare: modules, names or
-    patterns; by default all convolutions, linear maps and attention projections. `biases`: prune biases too.
-    `propagate`: measure layer by layer in order of execution, each with the layers before it already pruned, as Wanda
-    does; otherwise all on the model as it is, in one pass. SparseGPT always propagates. `masks`: weights that went
-    before; they stay zero and count.
+    patterns; by default all convolutions, linear maps and attention projections. `biases`: prune biases too, each
+    vector of them as one unit. `propagate`: measure layer by layer in order of execution, each with the layers before
+    it already pruned, as Wanda's paper does; otherwise all on the model as it is, in one pass. SparseGPT always
+    propagates. `masks`: weights that went before; they stay zero and count. New weights that those masks bring are not
+    looked at: to go on from them, pass `masks.apply(model)` as the model. Ties go in order of position.
 
     Raises InputError, TargetError or UnknownNameError for what makes no sense, PlanMismatchError for masks of another
     model: before any work.
     """
-    check_model(model)
-    check_weights(model)
-    found = _resolve(criterion)
-    layers = weight_layers(model, within, ignore, biases=biases)
-    choice = _Choice(_scope(criterion, found, scope, pattern), _parsed(pattern, sparsity), _fractions(layers, sparsity))
-    if sparsity is None and (choice.pattern is None or choice.pattern[0] == "block"):
-        raise InputError("nothing to aim for: pass sparsity=, the fraction of the weights to remove, in [0, 1).")
-    _check(criterion, found, layers, choice, data, biases, propagate)
+    found, layers, choice = _asked(
+        model, criterion, sparsity, scope, pattern, data, within, ignore, biases=biases, propagate=propagate
+    )
     if masks is not None:
         masks.check(model)
-    start = masks.apply(model) if masks is not None else model
     before = {} if masks is None else masks.keep
-    values: dict[str, Tensor] = {}
+    start = model if masks is None else replace(masks, values={}).apply(model)
     source = _Source(data, seed, forward, loss)
+    values: dict[str, Tensor] = {}
     if criterion == "ln_structured":
         keep = _ln_structured(start, layers, choice)
     elif criterion == "sparsegpt":
         keep, values = _sparsegpt(start, layers, choice, source, before)
     elif criterion == "synflow":
-        batch = source.first()
-        keep = _synflow(start, layers, choice, batch, forward or default_forward, before)
+        keep = _synflow(start, layers, choice, source, before)
     elif propagate:
         keep = _in_turn(start, layers, found, choice, source, before)
     else:
         needs = tuple(getattr(found, "needs", ()))
         facts = observe(start, None, data, needs, positions=None, seed=seed, forward=forward, loss=loss)
         keep = _kept(_scores(found, layers, replace(facts, seed=seed)), layers, choice, before)
-    ones = {name: torch.ones_like(old) for name, old in before.items() if name not in keep}
-    both = {name: (keep | ones)[name] & before.get(name, torch.tensor(True)) for name in keep | ones}
-    return Masks(both, tensor_shapes(model), values)
+    both = {name: kept & before[name] if name in before else kept for name, kept in keep.items()}
+    return _masks(model, {**before, **both}, values)
 
 
 def threshold_masks(
@@ -153,12 +157,14 @@ def threshold_masks(
 
     Source: Lee, Li and Li, "10605 Mini Project" (network slimming, after fine-tuning).
     """
+    check_model(model)
+    check_weights(model)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
         raise InputError(f"threshold is the smallest |w| that stays, at least 0; got {threshold!r}.")
     tensors = named_tensors(model)
     layers = weight_layers(model, within, ignore)
     keep = {layer.name: (tensors[layer.name].detach().abs() >= threshold).cpu() for layer in layers}
-    return Masks(keep, tensor_shapes(model))
+    return _masks(model, keep)
 
 
 # -- what is asked for -----------------------------------------------------------------------------------------------
@@ -182,7 +188,7 @@ class _Source:
         """The first batch."""
         batch = next(iter(self.data or ()), None)
         if batch is None:
-            raise InputError("the data holds no batch.")
+            raise DataError("the data holds no batch; an exhausted generator? Pass something that can be iterated.")
         return batch
 
     def evidence(self, model: nn.Module, needs: tuple[str, ...], layers: Collection[str]) -> Evidence:
@@ -190,6 +196,30 @@ class _Source:
         options: dict[str, Any] = {"seed": self.seed, "forward": self.forward, "loss": self.loss}
         found = observe(model, None, self.data, needs, layers=layers, positions=None, **options)
         return replace(found, seed=self.seed)
+
+
+def _asked(
+    model: nn.Module,
+    criterion: str | WeightCriterion,
+    sparsity: float | Mapping[str, float] | None,
+    scope: str | None,
+    pattern: Pattern,
+    data: Iterable[Any] | None,
+    within: Iterable[str | nn.Module] | str | nn.Module | None,
+    ignore: Iterable[str | nn.Module] | str | nn.Module,
+    *,
+    biases: bool = False,
+    propagate: bool = False,
+) -> tuple[WeightCriterion | WeightMethod, tuple[WeightLayer, ...], _Choice]:
+    """The criterion, the layers and how to choose, once all of it is known to make sense."""
+    check_model(model)
+    check_weights(model)
+    found = _resolve(criterion)
+    layers = weight_layers(model, within, ignore, biases=biases)
+    where = _scope(criterion, found, scope, pattern, sparsity)
+    choice = _Choice(where, _parsed(pattern, sparsity), _fractions(layers, sparsity))
+    _check(criterion, found, layers, choice, data, biases, propagate)
+    return found, layers, choice
 
 
 def _resolve(criterion: str | WeightCriterion) -> WeightCriterion | WeightMethod:
@@ -202,10 +232,11 @@ def _resolve(criterion: str | WeightCriterion) -> WeightCriterion | WeightMethod
     return criterion
 
 
-def _scope(criterion: object, found: object, scope: str | None, pattern: Pattern) -> str:
+def _scope(criterion: object, found: object, scope: str | None, pattern: Pattern, sparsity: object) -> str:
     allowed: Sequence[str] = getattr(found, "scopes", SCOPES)
     if scope is None:
-        return "layer" if pattern is not None and "layer" in allowed else allowed[0]
+        by_layer = pattern is not None or (allowed[0] == "global" and isinstance(sparsity, Mapping))
+        return "layer" if by_layer and "layer" in allowed else allowed[0]
     if scope not in SCOPES:
         raise UnknownNameError("scope", scope, SCOPES)
     if scope not in allowed:
@@ -214,6 +245,10 @@ def _scope(criterion: object, found: object, scope: str | None, pattern: Pattern
 
 
 def _parsed(pattern: Pattern, sparsity: object) -> tuple[str, int, int] | None:
+    if sparsity is None and not isinstance(pattern, str):
+        raise TargetError(
+            "nothing to aim for: pass sparsity=, the fraction to remove, or an n:m pattern such as '2:4'."
+        )
     if pattern is None:
         return None
     if isinstance(pattern, str):
@@ -221,10 +256,11 @@ def _parsed(pattern: Pattern, sparsity: object) -> tuple[str, int, int] | None:
         if not (colon and kept.isdigit() and size.isdigit() and 0 < int(kept) < int(size)):
             raise InputError(f"pattern 'n:m' keeps n of m, such as '2:4', with 0 < n < m; got {pattern!r}.")
         implied = 1 - int(kept) / int(size)
-        if sparsity is not None and sparsity != implied:
+        same = isinstance(sparsity, (int, float)) and math.isclose(sparsity, implied, abs_tol=1e-6)
+        if sparsity is not None and not same:
             raise InputError(f"pattern={pattern!r} removes {implied:g} of the weights; sparsity={sparsity!r} differs.")
         return "n:m", int(kept), int(size)
-    sides = tuple(pattern)
+    sides = tuple(pattern) if isinstance(pattern, (tuple, list)) else ()
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
         raise InputError(f"pattern is 'n:m' or a block (outputs, inputs) of whole numbers; got {pattern!r}.")
     return "block", sides[0], sides[1]
@@ -258,22 +294,53 @@ def _check(
     biases: bool,
     propagate: bool,
 ) -> None:
-    if propagate and data is None:
-        raise InputError("propagate=True measures layer after layer: pass data=, an iterable of batches.")
+    _check_data(criterion, found, data, choice, propagate)
+    if choice.scope == "global" and len(set(choice.fractions.values())) > 1:
+        raise TargetError("different fractions per layer leave nothing for scope='global' to decide: use 'layer'.")
+    if biases and not getattr(found, "biases", not isinstance(criterion, str)):
+        raise InputError(f"criterion {criterion!r} says nothing about biases: leave biases=False.")
+    if biases and propagate:
+        raise InputError("propagate=True goes from weight to weight, which leaves biases out: leave biases=False.")
+    if criterion == "ln_structured" and not _convolutions(layers):
+        raise InputError("ln_structured masks filters of convolutions; there are none among the layers to prune.")
+    transposed = [layer.module for layer in _convolutions(layers) if layer.transposed]
+    if criterion == "sparsegpt" and transposed:
+        raise InputError(f"sparsegpt has no patches for transposed convolutions: pass ignore={transposed!r}.")
+    if choice.pattern is not None:
+        _check_pattern(criterion, found, layers, choice, biases)
+
+
+def _check_data(
+    criterion: object,
+    found: WeightCriterion | WeightMethod,
+    data: Iterable[Any] | None,
+    choice: _Choice,
+    propagate: bool,
+) -> None:
+    needs = tuple(getattr(found, "needs", ()))
     if propagate and choice.scope == "global":
         raise InputError("propagate=True prunes layer after layer: it cannot rank them together in scope 'global'.")
-    needs = tuple(getattr(found, "needs", ()))
-    if isinstance(data, Iterator) and (propagate or criterion == "sparsegpt"):
+    if propagate and not needs:
         raise InputError(
-            "the data is an iterator, good for one pass, but every layer takes one: pass a list of batches."
+            f"criterion {criterion!r} measures nothing that pruned layers could change: no propagate=True."
         )
     if data is None and (needs or criterion == "synflow"):
         why = "the shape of its input" if criterion == "synflow" else f"{', '.join(needs)} evidence"
         raise InputError(f"criterion {criterion!r} needs {why}: pass data=, an iterable of batches.")
-    if biases and not getattr(found, "biases", callable(found) and not isinstance(criterion, str)):
-        raise InputError(f"criterion {criterion!r} says nothing about biases: leave biases=False.")
-    if choice.pattern is None:
-        return
+    if isinstance(data, Iterator) and (propagate or criterion == "sparsegpt"):
+        raise InputError(
+            "the data is an iterator, good for one pass, but every layer takes one: pass a list of batches."
+        )
+
+
+def _check_pattern(
+    criterion: object,
+    found: WeightCriterion | WeightMethod,
+    layers: Sequence[WeightLayer],
+    choice: _Choice,
+    biases: bool,
+) -> None:
+    assert choice.pattern is not None
     kind, first, second = choice.pattern
     if biases:
         raise InputError("a pattern is about inputs and outputs, which biases have not: leave biases=False.")
@@ -283,15 +350,17 @@ def _check(
         raise InputError("blocks cover several outputs: they compete in scope 'layer' or 'global', not 'row'.")
     if choice.scope != "layer" and kind == "n:m":
         raise InputError(f"in an n:m pattern weights compete m by m: scope={choice.scope!r} has no meaning there.")
-    for layer in layers:
-        outputs, inputs, _ = layer.rows(torch.empty(layer.shape, device="meta")).shape
-        bad = inputs % second if kind == "n:m" else outputs % first or inputs % second
-        if bad:
-            wish = f"{second} divides" if kind == "n:m" else f"({first}, {second}) divide"
-            raise InputError(
-                f"pattern: not every layer has (outputs, inputs) that {wish}: {layer.name!r} has ({outputs}, "
-                f"{inputs}). Pass ignore=[{layer.module!r}, ...], or within= with the layers to prune."
-            )
+    sides = {layer: tuple(layer.rows(torch.empty(layer.shape, device="meta")).shape[:2]) for layer in layers}
+    bad = [layer for layer, (out, into) in sides.items() if into % second or (kind == "block" and out % first)]
+    if bad:
+        wish = (
+            f"inputs that {second} divides" if kind == "n:m" else f"(outputs, inputs) that ({first}, {second}) divide"
+        )
+        listed = ", ".join(f"{layer.name!r} has {sides[layer]}" for layer in bad)
+        raise InputError(
+            f"pattern: not every layer has {wish}, in each of its groups: {listed}. "
+            f"Pass ignore={[layer.module for layer in bad]!r}, or within= with the layers to prune."
+        )
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
@@ -337,8 +406,6 @@ def _kept(
 
 def _lowest_go(scores: Scores, choice: _Choice) -> dict[str, Tensor]:
     if choice.scope == "global":
-        if len(set(choice.fractions.values())) > 1:
-            raise TargetError("different fractions per layer leave nothing for scope='global' to decide: use 'layer'.")
         flat = torch.cat([rows.flatten() for rows in scores.values()])
         kept = _without_lowest(flat[None], next(iter(choice.fractions.values())))[0]
         parts = torch.split(kept, [rows.numel() for rows in scores.values()])
@@ -350,12 +417,17 @@ def _lowest_go(scores: Scores, choice: _Choice) -> dict[str, Tensor]:
 
 
 def _without_lowest(units: Tensor, fraction: float) -> Tensor:
-    """(units, n) of bool: per unit the floor(fraction * n) lowest are false; those that went before count."""
+    """(units, n) of bool: per unit the floor(fraction * n) lowest are false; those that went before count.
+
+    Of equal ones the first go: as in a stable sort, but found in a fraction of its time.
+    """
     count = math.floor(fraction * units.shape[1] + 1e-9)
-    order = units.argsort(dim=1, stable=True)
-    keep = torch.ones(units.shape, dtype=torch.bool)
-    keep.scatter_(1, order[:, :count], False)
-    return keep & ~units.isneginf()
+    if count == 0:
+        return ~units.isneginf()
+    highest = units.kthvalue(count, dim=1, keepdim=True).values  # of those that go
+    below, ties = units < highest, units == highest
+    room = count - below.sum(1, keepdim=True)
+    return ~(below | (ties & (ties.cumsum(1) <= room)) | units.isneginf())
 
 
 def _n_of_m(rows: Tensor, kept: int, size: int) -> Tensor:
@@ -375,7 +447,7 @@ def _blocks(rows: Tensor, high: int, wide: int) -> Tensor:
 
 
 def _order(model: nn.Module, layers: Sequence[WeightLayer], source: _Source) -> list[WeightLayer]:
-    """The layers in order of execution; those that are not called keep all, at the end."""
+    """The layers in order of execution, on the first batch. Raises InputError about one that is not called."""
     private = observable(private_copy(model)).eval()
     called: dict[str, None] = {}
     device = next(private.parameters()).device
@@ -384,7 +456,8 @@ def _order(model: nn.Module, layers: Sequence[WeightLayer], source: _Source) -> 
     unseen = [layer.name for layer in layers if layer.name not in called]
     if unseen:
         raise InputError(f"no call of {unseen[0]!r} was seen on the first batch: leave it out with ignore=.")
-    return sorted(layers, key=lambda layer: list(called).index(layer.name))
+    places = {name: place for place, name in enumerate(called)}
+    return sorted(layers, key=lambda layer: places[layer.name])
 
 
 def _in_turn(
@@ -409,8 +482,6 @@ def _sparsegpt(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     sparse, keep, values = private_copy(model), {}, {}
     for layer in _order(model, layers, source):
-        if layer.transposed and len(layer.shape) > 2:
-            raise InputError(f"sparsegpt has no patches for the transposed convolution {layer.module!r}: ignore= it.")
         facts = source.evidence(sparse, ("gram",), [layer.name])
         gram = facts.sums["gram"][layer.name] / facts.sums["gram_rows"][layer.name]
         weight = layer.rows(facts.tensors[layer.name].cpu())
@@ -424,23 +495,17 @@ def _sparsegpt(
 
 
 def _synflow(
-    model: nn.Module,
-    layers: Sequence[WeightLayer],
-    choice: _Choice,
-    batch: Any,
-    forward: Forward,
-    before: Mapping[str, Tensor],
+    model: nn.Module, layers: Sequence[WeightLayer], choice: _Choice, source: _Source, before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    if len(set(choice.fractions.values())) > 1:
-        raise TargetError("synflow ranks all layers together: give one sparsity.")
-    fraction, rounds = next(iter(choice.fractions.values())), 100
+    """Round by round: after round k of 100, (1 - sparsity)^(k / 100) of the weights are left."""
+    linear, batch, forward = positive(model), source.first(), source.forward or default_forward
     keep = {layer.name: before.get(layer.name, torch.ones(layer.shape, dtype=torch.bool)) for layer in layers}
-    for number in range(1, rounds + 1):
-        level = 1 - (1 - fraction) ** (number / rounds)
-        scores = synflow_scores(model, keep, batch, forward)
+    fraction = next(iter(choice.fractions.values()))
+    for number in range(1, ROUNDS + 1):
+        scores = flow(linear, keep, batch, forward)
         rows = {layer.name: layer.rows(scores[layer.name]) for layer in layers}
-        now = replace(choice, fractions=dict.fromkeys(choice.fractions, level))
-        keep = {**keep, **_kept(rows, layers, now, keep)}
+        level = fraction if number == ROUNDS else 1 - (1 - fraction) ** (number / ROUNDS)
+        keep = _kept(rows, layers, replace(choice, fractions=dict.fromkeys(choice.fractions, level)), keep)
     return keep
 
 
@@ -462,14 +527,17 @@ class Gradual:
     """A hook that prunes while the model trains: sparsity rises along a schedule, and masks hold after every step.
 
     From step `begin` to step `end`, every `every` steps, masks are made anew at the sparsity that is due; what is gone
-    stays gone. After `end` the masks are frozen: train on for at least as long. `masks` holds the current ones.
+    stays gone. After `end` the masks are frozen: train on for at least as long. `masks` holds the current ones, None
+    before the first. Criterion, scope, pattern, layers and data are those of `make_masks`, the sparsity that of the
+    end. New weights of SparseGPT are written into the model as they come. Every other hook that changes weights stands
+    before this one. Raises what `make_masks` raises, at the latest at the first step.
     Source: Zhu and Gupta 2017, arXiv 1710.01878, section 3.
     """
 
     def __init__(
         self,
         criterion: str | WeightCriterion = "magnitude",
-        sparsity: float = 0.9,
+        sparsity: float | Mapping[str, float] = 0.9,
         *,
         end: int,
         begin: int = 0,
@@ -481,44 +549,87 @@ class Gradual:
         ignore: Iterable[str] = (),
         data: Iterable[Any] | None = None,
         seed: int = 0,
+        forward: Forward | None = None,
+        loss: Loss | None = None,
     ) -> None:
         if not 0 <= begin < end or every < 1:
             raise InputError(f"steps go 0 <= begin < end, every >= 1; got begin={begin}, end={end}, every={every}.")
-        Target(sparsity=sparsity)
-        self._due = resolve_schedule(schedule, sparsity)
-        self._sparsity, self._begin, self._end, self._every = sparsity, begin, end, every
-        chosen = {"scope": scope, "pattern": pattern, "within": within, "ignore": tuple(ignore), "seed": seed}
-        self._options: dict[str, Any] = {"criterion": criterion, "data": data, **chosen}
+        if isinstance(pattern, str):
+            raise InputError(
+                f"pattern={pattern!r} fixes the sparsity, which cannot rise: use make_masks and its hook()."
+            )
+        if isinstance(data, Iterator):
+            raise InputError("the data is an iterator, good for one pass, but masks are made many times: pass a list.")
+        self._goal = Target(sparsity=sparsity)
+        self._due = resolve_schedule(schedule, self._goal.final(1, 1))
+        self._begin, self._end, self._every = begin, end, every
+        within, ignore = _names(within), _names(ignore) or ()
+        self._asked: dict[str, Any] = {"criterion": criterion, "scope": scope, "pattern": pattern, "data": data}
+        self._asked |= {"within": within, "ignore": ignore}
+        self._options: dict[str, Any] = {"seed": seed, "forward": forward, "loss": loss}
+        told = (_word(criterion), sparsity, begin, end, every, _word(schedule), scope, pattern, within, ignore, seed)
+        self._settings = repr(told)
+        found = _resolve(criterion)
+        where = _scope(criterion, found, scope, pattern, sparsity)
+        _check_data(criterion, found, data, _Choice(where, None, {}), propagate=False)
         self._step = 0
         self.masks: Masks | None = None
-        self._held: Any = None
+        self._held: Held | None = None
+
+    def __repr__(self) -> str:
+        return f"Gradual({self._goal.sparsity} by step {self._end}, now step {self._step}: {self.masks!r})"
 
     def after_backward(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Gradients of what is gone are zero."""
+        if self._step == 0:
+            _asked(model, sparsity=self._goal.sparsity, **self._asked)
         if self._held is not None:
             self._held.after_backward(model, optimizer)
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Count, prune where it is time, and write the zeros."""
         self._step += 1
-        span = self._end - self._begin
-        due = min(self._step, self._end) - self._begin
-        if self._begin < self._step <= self._end and (due % self._every == 0 or self._step == self._end):
-            level = self._sparsity * self._due(due / span)
-            self._take(make_masks(model, sparsity=level, masks=self.masks, **self._options))
+        steps = self._step - self._begin
+        if steps > 0 and self._step <= self._end and (steps % self._every == 0 or self._step == self._end):
+            level = self._goal.part(self._due(steps / (self._end - self._begin)), 1, 1).sparsity
+            found = make_masks(model, sparsity=level, masks=self.masks, **self._asked, **self._options)
+            found.apply_(model)
+            self._take(replace(found, values={}))  # the model has them now, and trains on
         if self._held is not None:
             self._held.after_step(model, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is, and the masks."""
+        state: dict[str, Any] = {"settings": self._settings, "step": self._step, "keep": None}
+        if self.masks is not None:
+            shapes = {name: list(shape) for name, shape in self.masks.shapes.items()}
+            state |= {"keep": dict(self.masks.keep), "shapes": shapes, "parameters": self.masks.parameters}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises TrainingError for that of a hook with other settings."""
+        if state["settings"] != self._settings:
+            raise TrainingError(
+                f"the checkpoint is of Gradual{state['settings']}, this run's hook is Gradual{self._settings}: "
+                "give another checkpoint path."
+            )
+        self._step, self.masks, self._held = state["step"], None, None
+        if state["keep"] is not None:
+            shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+            self._take(Masks(state["keep"], shapes, parameters=state["parameters"]))
 
     def _take(self, masks: Masks) -> None:
         self.masks, self._held = masks, masks.hook()
 
-    def state_dict(self) -> dict[str, Any]:
-        """How far it is, and the masks."""
-        shapes = {} if self.masks is None else {name: list(shape) for name, shape in self.masks.shapes.items()}
-        return {"step": self._step, "keep": None if self.masks is None else dict(self.masks.keep), "shapes": shapes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._step = state["step"]
-        if state["keep"] is not None:
-            self._take(Masks(state["keep"], {name: tuple(shape) for name, shape in state["shapes"].items()}))
+def _names(entries: Iterable[str] | str | None) -> str | tuple[str, ...] | None:
+    if entries is None or isinstance(entries, str):
+        return entries
+    names = tuple(entries)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError("Gradual takes layers by name or pattern: training works on a copy, whose modules are others.")
+    return names
+
+
+def _word(choice: object) -> object:
+    return choice if isinstance(choice, str) else getattr(choice, "__qualname__", type(choice).__qualname__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -17,63 +18,78 @@ def sparsegpt_rows(
     """Prune by the second-order error with true weight updates: new weights and mask, both (out, in / groups, taps).
 
     In a sweep from left to right, removing w_q costs w_q^2 / U_qq^2, with U the upper Cholesky factor of the inverse
-    Hessian, and the weights to its right change by -w_q / U_qq * U_q. Every 128 columns choose their share of zeros, or
-    every group of m; layers go in order of execution, each on inputs from the pruned ones before it.
+    Hessian, and the weights to its right change by -w_q / U_qq * U_q. Every 128 columns choose their share of zeros
+    over all outputs, or every m columns theirs per output. A convolution's columns go tap by tap; grouped ones group by
+    group. Layers go in order of execution, each on inputs from the pruned ones before it.
 
-    `gram`: (groups, in / groups * taps, the same), the second moments of the inputs. `fraction` of each block of
-    columns goes, or with `pattern` (n, m) all but n of m consecutive inputs. `gone`: entries that are zero already.
+    `gram`: (groups, in / groups * taps, the same), the mean of the input's second moments; 0.01 of its mean diagonal is
+    added to the diagonal. floor(`fraction` * n) of the n weights go, or with `pattern` (n, m) all but n of every m
+    consecutive inputs at each tap; weights of inputs that were always zero cost nothing. `gone`: entries that are zero
+    already; they count. The result is float64.
     Source: Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
     """
-    outputs, inputs, taps = weight.shape
-    groups = gram.shape[0]
-    gone = torch.zeros(weight.shape, dtype=torch.bool) if gone is None else gone
+    _, inputs, taps = weight.shape
     by_tap = torch.arange(inputs * taps).reshape(inputs, taps).T.flatten()  # so that an n:m group is of one tap
-    new = torch.empty(outputs, inputs * taps, dtype=torch.float64)
-    kept = torch.empty(outputs, inputs * taps, dtype=torch.bool)
-    per = outputs // groups
-    for group in range(groups):
-        rows = slice(group * per, (group + 1) * per)
-        matrix = weight[rows].flatten(1)[:, by_tap].double()
-        hessian = gram[group][by_tap][:, by_tap].double()
-        swept, mask = _swept(matrix, hessian, fraction, pattern, gone[rows].flatten(1)[:, by_tap])
-        new[rows] = swept[:, by_tap.argsort()]
-        kept[rows] = mask[:, by_tap.argsort()]
-    return new.reshape(weight.shape), kept.reshape(weight.shape)
+    matrix = weight.flatten(1)[:, by_tap].double()
+    old = torch.zeros_like(matrix, dtype=torch.bool) if gone is None else gone.flatten(1)[:, by_tap]
+    parts = zip(matrix.chunk(len(gram)), gram, old.chunk(len(gram)), _counts(old, len(gram), fraction), strict=True)
+    swept = [
+        _swept(part, hessian[by_tap][:, by_tap].double(), was, counts, pattern) for part, hessian, was, counts in parts
+    ]
+    back = by_tap.argsort()
+    new, kept = (torch.cat(found)[:, back].reshape(weight.shape) for found in zip(*swept, strict=True))
+    return new, kept
+
+
+def _counts(gone: Tensor, groups: int, fraction: float) -> list[list[int]]:
+    """How many entries go per group and block of columns: floor(fraction * n) in all, what is gone included.
+
+    What is still to go is shared out by what is still there, rounded down cumulatively: no entry is lost to rounding.
+    """
+    blocks = [block for part in gone.chunk(groups) for block in torch.split(part, COLUMNS, dim=1)]
+    before = [int(block.sum()) for block in blocks]
+    there = [block.numel() - lost for block, lost in zip(blocks, before, strict=True)]
+    more, ends = max(math.floor(fraction * gone.numel() + 1e-9) - sum(before), 0), [0, *accumulate(there)]
+    shares = [more * end // max(ends[-1], 1) for end in ends]
+    counts = [lost + stop - start for lost, (start, stop) in zip(before, pairwise(shares), strict=True)]
+    per = len(blocks) // groups
+    return [counts[group * per : (group + 1) * per] for group in range(groups)]
 
 
 def _swept(
-    matrix: Tensor, hessian: Tensor, fraction: float, pattern: tuple[int, int] | None, gone: Tensor
+    matrix: Tensor, hessian: Tensor, gone: Tensor, counts: list[int], pattern: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
+    """New weights and mask of one group, (out, columns); `counts` per block of columns."""
     matrix, (rows, columns) = matrix.clone(), matrix.shape
     factor = _inverse_factor(hessian)
     keep = torch.ones_like(matrix, dtype=torch.bool)
     width = COLUMNS if pattern is None else max(COLUMNS // pattern[1], 1) * pattern[1]
+    every = width if pattern is None else pattern[1]  # columns that choose their zeros together
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        if pattern is None:
-            cost = (matrix[:, start:stop] / factor.diagonal()[start:stop]).square()
-            cost = cost.masked_fill(gone[:, start:stop], -math.inf)
-            # cumulative, so that rounding down happens once per layer
-            count = math.floor(fraction * rows * stop + 1e-9) - math.floor(fraction * rows * start + 1e-9)
-            keep[:, start:stop] = _all_but_lowest(cost.reshape(1, -1), count).reshape(rows, -1)
         errors = torch.zeros(rows, stop - start, dtype=matrix.dtype)
         for column in range(start, stop):
-            if pattern is not None and column % pattern[1] == 0:
-                ahead = slice(column, column + pattern[1])
-                cost = (matrix[:, ahead] / factor.diagonal()[ahead]).square().masked_fill(gone[:, ahead], -math.inf)
-                keep[:, ahead] = _all_but_lowest(cost, pattern[1] - pattern[0])
+            if (column - start) % every == 0:
+                ahead = slice(column, min(column + every, stop))
+                costs = (matrix[:, ahead] / factor.diagonal()[ahead]).square() * (hessian.diagonal()[ahead] > 0)
+                costs = costs.masked_fill(gone[:, ahead], -math.inf)
+                if pattern is None:
+                    costs, count = costs.reshape(1, -1), counts[start // width]
+                else:
+                    count = pattern[1] - pattern[0]
+                keep[:, ahead] = _all_but_lowest(costs, count).reshape(rows, -1)
             left = matrix[:, column] * (keep[:, column] & ~gone[:, column])
             error = (matrix[:, column] - left) / factor[column, column]
             matrix[:, column:stop] -= error[:, None] * factor[column, column:stop]
             matrix[:, column] = left
             errors[:, column - start] = error
-        matrix[:, stop:] -= errors @ factor[start:stop, stop:]
+        matrix[:, stop:] -= errors @ factor[start:stop, stop:]  # the later blocks, all at once
     keep &= ~gone
     return matrix * keep, keep
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse. Inputs that are always zero stand alone."""
+    """The upper Cholesky factor of the damped Hessian's inverse. Inputs that were always zero stand alone."""
     dead = hessian.diagonal() <= 0
     hessian = hessian.clone()
     hessian.diagonal()[dead] = 1

@@ -14,38 +14,57 @@ from secateur.errors import InputError
 from secateur.inputs import copy_in
 from secateur.plans import named_tensors
 
+ROUNDS = 100
+
 
 def synflow_scores(model: nn.Module, keep: Mapping[str, Tensor], batch: Any, forward: Forward) -> dict[str, Tensor]:
     """Synaptic flow, weight x dR/dweight: all parameters replaced by magnitudes, an input of ones, R the output's sum.
 
-    In float64 and eval mode, 100 rounds with an exponential schedule, what is gone counting zero. BatchNorm keeps its
-    scale; its running mean is 0 and its variance 1, so that flow stays positive. `batch` gives the shape of the input.
+    Of one round, {name: in the weight's shape} for every name in `keep`, what is gone counting zero; `make_masks` takes
+    100 rounds with an exponential schedule. In float64 and eval mode. BatchNorm keeps the magnitude of its scale and
+    shift; its running mean is 0 and its variance 1, so that flow stays positive. Norms that keep no statistics run as
+    they are. `batch` gives the shape of the input; integers in it (tokens) stay what they are.
+
+    Raises InputError where the output is no tensor and has no logits, or where the flow is not finite.
     Source: Tanaka 2020, arXiv 2006.05467, equation 2 and algorithm 1.
     """
-    linear = copy_in(model, torch.float64).eval()
+    return flow(positive(model), keep, batch, forward)
+
+
+def positive(model: nn.Module) -> nn.Module:
+    """A copy in float64 and eval mode in which every parameter is its magnitude and BatchNorm does not normalise."""
+    copied = copy_in(model, torch.float64).eval()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.is_floating_point():
+                parameter.abs_().requires_grad_(True)
+    for module in copied.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            module.reset_running_stats()
+    return copied
+
+
+def flow(linear: nn.Module, keep: Mapping[str, Tensor], batch: Any, forward: Forward) -> dict[str, Tensor]:
+    """The scores of `synflow_scores` in a model that `positive` made, whose masked weights become zero."""
     tensors = named_tensors(linear)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                tensor.abs_()
-                if name in keep:
-                    tensor.mul_(keep[name])
-        for module in linear.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-                module.reset_running_stats()
-    ones = tree_map_only(Tensor, _ones, batch)
-    for parameter in linear.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+        for name, kept in keep.items():
+            tensors[name].mul_(kept)
+    linear.zero_grad(set_to_none=True)
     with torch.enable_grad():
-        output = logits_of(forward(linear, ones))
+        output = logits_of(forward(linear, tree_map_only(Tensor, _ones, batch)))
         if output is None:
             raise InputError("synflow sums the model's output: it must be a tensor, or have logits.")
         torch.autograd.backward(output.sum())
-    parameters = dict(linear.named_parameters())
-    return {
-        name: torch.zeros_like(parameters[name]) if (grad := parameters[name].grad) is None else grad * parameters[name]
-        for name in keep
-    }
+    found = {}
+    for name in keep:
+        gradient = tensors[name].grad
+        found[name] = torch.zeros_like(tensors[name]) if gradient is None else gradient * tensors[name].detach()
+        if not torch.isfinite(found[name]).all():
+            raise InputError(
+                f"synflow: the flow through {name!r} is not finite, even in float64; is the model too deep?"
+            )
+    return found
 
 
 def _ones(tensor: Tensor) -> Tensor:

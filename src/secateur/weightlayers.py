@@ -64,8 +64,8 @@ def weight_layers(
         listed = [entries] if isinstance(entries, (str, nn.Module)) else list(entries)
         hits = set()
         for entry in listed:
-            here = {layer.name for layer in found if _belongs(layer, entry, modules)}
-            if not here and not any(_names(layer, entry, modules) for layer in _layers(model, True)):
+            here = {layer.name for layer in found if _matches(layer, entry, modules)}
+            if not here and not any(_matches(layer, entry, modules) for layer in _layers(model, True)):
                 word = "within" if keep else "ignore"
                 raise InputError(f"{word}={entry!r} matches no prunable weight of the model.")
             hits |= here
@@ -81,7 +81,7 @@ def _layers(model: nn.Module, biases: bool) -> Iterator[WeightLayer]:
     for module_name, module in model.named_modules():
         for local, groups, transposed in _weights_of(module):
             parameter = module._parameters.get(local)
-            if parameter is None or id(parameter) in seen:
+            if parameter is None or parameter.dim() < 2 or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             yield WeightLayer(first[id(parameter)], module_name, tuple(parameter.shape), groups, transposed)
@@ -103,13 +103,10 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, bool]]:
         yield from ((f"{part}_proj_weight", 1, False) for part in ("in", "q", "k", "v"))
 
 
-def _names(layer: WeightLayer, entry: str | nn.Module, modules: dict[int, str]) -> bool:
+def _matches(layer: WeightLayer, entry: str | nn.Module, modules: dict[int, str]) -> bool:
     if isinstance(entry, str):
         owners = layer.module.split(".") if layer.module else []
         names = [layer.name, *(".".join(owners[:count]) for count in range(1, len(owners) + 1))]
         return any(fnmatchcase(name, entry) for name in names)
     inside = modules.get(id(entry))
     return inside is not None and (not inside or f"{layer.module}.".startswith(f"{inside}."))
-
-
-_belongs = _names
