@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from secateur.shrinking import shrink, zero_channels
     from secateur.targets import Target
     from secateur.training.evaluating import evaluate
+    from secateur.training.hooks import Snapshot
     from secateur.training.loop import fit
     from secateur.training.recipes import Recipe
     from secateur.verification import verify
@@ -50,6 +51,7 @@ _HOME = {
     "Recipe": "training.recipes",
     "SecateurError": "errors",
     "Slot": "coupling.groups",
+    "Snapshot": "training.hooks",
     "Step": "pruning",
     "Target": "targets",
     "VerificationError": "errors",
@@ -101,6 +103,7 @@ __all__ = [
     "Recipe",
     "SecateurError",
     "Slot",
+    "Snapshot",
     "Step",
     "Target",
     "VerificationError",
