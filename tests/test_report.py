@@ -292,8 +292,8 @@ def test_charts_show_the_numbers_of_the_summaries():
     records = study(seeds=3)
     summaries = summarise(records)
     classic = {trace.name: trace for trace in accuracy_over_sparsity(records, summaries).data}
-    assert list(classic["l1"].y) == [s.accuracy_finetuned.mean for s in summaries if s.criterion == "l1"]
-    assert list(classic["l1, pruned"].y) == [s.accuracy_pruned.mean for s in summaries if s.criterion == "l1"]
+    assert list(classic["l1"].y) == [s.accuracy_finetuned.mean for s in summaries if s.method == "l1"]
+    assert list(classic["l1, pruned"].y) == [s.accuracy_pruned.mean for s in summaries if s.method == "l1"]
     assert set(classic["dense"].y) <= {0.97, None}
     assert classic["l1"].line.color == classic["l1, pruned"].line.color != classic["random"].line.color
     assert classic["l1"].error_y.array[0] == pytest.approx(summaries[0].accuracy_finetuned.high - classic["l1"].y[0])

@@ -167,7 +167,7 @@ def _curves(summaries: Sequence[Summary]) -> list[tuple[str, tuple[str, str], li
     """Name, style and points of each curve: one per criterion, and per scope where there are several."""
     found: dict[tuple[str, str], list[Summary]] = {}
     for summary in summaries:
-        found.setdefault((summary.criterion, summary.scope), []).append(summary)
+        found.setdefault((summary.method, summary.scope), []).append(summary)
     one_scope = len({scope for _, scope in found}) == 1
     labels = {key: key[0] if one_scope else f"{key[0]}, {key[1]}" for key in found}
     looks = styles(labels.values())

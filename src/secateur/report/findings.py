@@ -83,7 +83,7 @@ def _choice(chosen: Summary) -> str:
         else "no setting stays within one point of the dense model there, and this one loses least"
     )
     return (
-        f"The setting shown is {chosen.criterion} with {removed} of the channels removed. It was chosen on {where}: "
+        f"The setting shown is {chosen.method} with {removed} of the channels removed. It was chosen on {where}: "
         f"{rule}. All accuracies on this page are on test data."
     )
 
@@ -107,8 +107,8 @@ def _latency(chosen: Summary) -> str:
 
 
 def _against_random(records: Sequence[Record]) -> str:
-    names = list(dict.fromkeys(r.criterion for r in records if r.criterion != "random"))
-    if not names or all(r.criterion != "random" for r in records):
+    names = list(dict.fromkeys(r.name for r in records if r.name != "random"))
+    if not names or all(r.name != "random" for r in records):
         return ""
     pruned = [(n, g) for n in names if (g := gain_over_random(records, n, lambda r: r.accuracy_pruned))]
     tuned = [(n, g) for n in names if (g := gain_over_random(records, n, lambda r: r.accuracy_finetuned))]
@@ -130,10 +130,10 @@ def gain_over_random(records: Sequence[Record], criterion: str, value: Callable[
 
     The estimate is over seeds; None where no pair exists.
     """
-    random = {(r.scope, r.sparsity, r.seed): value(r) for r in records if r.criterion == "random"}
+    random = {(r.scope, r.sparsity, r.seed): value(r) for r in records if r.name == "random"}
     gains: dict[int, list[float]] = {}
     for record in records:
-        if record.criterion == criterion and (record.scope, record.sparsity, record.seed) in random:
+        if record.name == criterion and (record.scope, record.sparsity, record.seed) in random:
             gain = value(record) - random[record.scope, record.sparsity, record.seed]
             gains.setdefault(record.seed, []).append(gain)
     return estimate(statistics.fmean(found) for found in gains.values()) if gains else None

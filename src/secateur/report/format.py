@@ -53,9 +53,9 @@ def accuracy(value: Estimate) -> str:
     return f"{value.mean * 100:.1f} ± {(high - low) * 50:.1f}"
 
 
-def difference(value: float) -> str:
-    """A relative difference in scientific notation: `2.1e-16`; exactly zero is `0`."""
-    return "0" if value == 0 else f"{value:.1e}"
+def difference(value: float | None) -> str:
+    """A relative difference in scientific notation: `2.1e-16`; exactly zero is `0`, and one never taken `-`."""
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
 def several(number: int, noun: str) -> str:

@@ -40,16 +40,37 @@ class LayerWidth(NamedTuple):
     after: int
 
 
+class LayerWeights(NamedTuple):
+    """The weights of one layer: how many the dense model has, and how many the evaluated one has that are not zero."""
+
+    layer: str
+    before: int
+    left: int
+
+
+class Timing(NamedTuple):
+    """What one batch takes, dense and pruned model in turns."""
+
+    batch: int
+    dense_ms: float
+    pruned_ms: float
+    speedup: float  # median of dense/pruned over interleaved rounds
+    noise: float  # distance of the quartiles of the pruned model's timings, over their median
+
+
 @dataclass(frozen=True)
 class Record:
-    """One trial: a trained model, pruned once and fine-tuned. Accuracies are fractions in [0, 1], on test data."""
+    """One trial: a trained model, pruned and fine-tuned. Accuracies are fractions in [0, 1], on test data.
+
+    In a control that prunes nothing, "pruned" is the model before the last training.
+    """
 
     key: str  # identifies the trial: the same settings give the same key
     model: str
     data: str
     criterion: str
     scope: str
-    sparsity: float  # the fraction of channels asked to go
+    sparsity: float  # the fraction asked to go, of `target`
     seed: int
     accuracy_dense: float
     accuracy_pruned: float  # straight after pruning
@@ -58,7 +79,7 @@ class Record:
     macs: Pair[int]  # multiply-accumulates for one input
     latency_ms: Pair[float]  # medians for one batch
     speedup: float  # median of dense/pruned over interleaved rounds
-    verified_difference: float  # pruned model against the zeroed original, relative to the largest output
+    verified_difference: float | None  # shrunk against zeroed original, over the largest output; None: not shrunk
     widths: tuple[LayerWidth, ...]
     seconds: float  # wall clock of the whole trial
     accuracy_repaired: float | None = None  # after repair without gradients, before any fine-tuning
@@ -67,6 +88,14 @@ class Record:
     validation_finetuned: float | None = None
     train_dense: float | None = None
     train_finetuned: float | None = None
+    method: str = ""  # what tables and charts call it; "": the criterion
+    prunes: str = "channels"  # "channels", "weights" (masked, not removed: no speed-up), "nothing"
+    target: str = "channels"  # what `sparsity` is a fraction of: "channels", "weights", "macs", "params"
+    control: bool = False  # there to be compared with
+    epochs: int | None = None  # of training after the dense model's, between and after prunings
+    weights_left: float | None = None  # of the dense model's, recounted in the model that was evaluated
+    layers: tuple[LayerWeights, ...] = ()
+    timings: tuple[Timing, ...] = ()  # by batch size; `latency_ms` and `speedup` are those of the last
     fingerprint: Mapping[str, Any] = field(default_factory=dict)  # versions, machine, data, settings
 
     def __post_init__(self) -> None:
@@ -79,6 +108,11 @@ class Record:
         for name in ("params", "macs", "latency_ms"):
             if not all(math.isfinite(value) and value > 0 for value in getattr(self, name)):
                 raise ArtifactError(f"a record's {name} is two positive numbers, got {getattr(self, name)!r}.")
+
+    @property
+    def name(self) -> str:
+        """What tables and charts call the method."""
+        return self.method or self.criterion
 
     @property
     def drop(self) -> float:
@@ -104,7 +138,8 @@ class Record:
             for name in ("params", "macs", "latency_ms"):
                 if known.get(name) is not None:
                     known[name] = Pair(*known[name])
-            known["widths"] = tuple(LayerWidth(*row) for row in known["widths"])
+            for name, kind in (("widths", LayerWidth), ("layers", LayerWeights), ("timings", Timing)):
+                known[name] = tuple(kind(*row) for row in known.get(name, ()))
             return cls(**known)
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"not a record: {error}.") from error

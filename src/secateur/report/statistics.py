@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 class Summary:
     """All seeds of one setting."""
 
-    criterion: str
+    method: str
     scope: str
     sparsity: float
     seeds: tuple[int, ...]
@@ -54,14 +54,14 @@ class Summary:
     latency_dense_ms: float
     latency_ms: float
     speedup: Estimate
-    verified_difference: float  # the worst
+    verified_difference: float | None  # the worst; None where nothing was shrunk
     validation_drop: float | None
     widths: tuple[LayerWidth, ...]  # of the first seed
 
     @property
     def name(self) -> str:
         """How the setting is called in tables and menus: `l2, 40 %`."""
-        return f"{self.criterion}, {self.sparsity:.0%}".replace("%", " %")
+        return f"{self.method}, {self.sparsity:.0%}".replace("%", " %")
 
 
 def estimate(values: Iterable[float]) -> Estimate:
@@ -77,7 +77,7 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def summarise(records: Iterable[Record]) -> list[Summary]:
-    """One summary per criterion, scope and sparsity, in order of first appearance of the criterion, then by sparsity.
+    """One summary per method, scope and sparsity, in order of first appearance of the method, then by sparsity.
 
     Raises InputError where the records are of more than one model or data set: those are not comparable.
     """
@@ -85,7 +85,7 @@ def summarise(records: Iterable[Record]) -> list[Summary]:
     kinds = set()
     for record in records:
         kinds.add((record.model, record.data))
-        groups.setdefault((record.criterion, record.scope, record.sparsity), []).append(record)
+        groups.setdefault((record.name, record.scope, record.sparsity), []).append(record)
     if len(kinds) > 1:
         raise InputError(f"records of {len(kinds)} (model, data) pairs do not compare: summarise each by itself.")
     order = {key[:2]: place for place, key in reversed(list(enumerate(groups)))}
@@ -134,7 +134,7 @@ def _summary(records: Sequence[Record]) -> Summary:
         return statistics.fmean(map(value, records))
 
     return Summary(
-        criterion=first.criterion,
+        method=first.name,
         scope=first.scope,
         sparsity=first.sparsity,
         seeds=tuple(sorted(record.seed for record in records)),
@@ -151,7 +151,9 @@ def _summary(records: Sequence[Record]) -> Summary:
         latency_dense_ms=mean(lambda r: r.latency_ms.before),
         latency_ms=mean(lambda r: r.latency_ms.after),
         speedup=estimate(r.speedup for r in records),
-        verified_difference=max(r.verified_difference for r in records),
+        verified_difference=max(
+            (r.verified_difference for r in records if r.verified_difference is not None), default=None
+        ),
         validation_drop=_validation_drop(records),
         widths=first.widths,
     )

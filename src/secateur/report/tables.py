@@ -40,7 +40,7 @@ def _repaired(summary: Summary) -> str:
 
 
 COLUMNS = (
-    Column("criterion", "", lambda s: s.criterion, lambda s: s.criterion, numeric=False),
+    Column("criterion", "", lambda s: s.method, lambda s: s.method, numeric=False),
     Column("removed", "%", lambda s: f"{s.sparsity * 100:.0f}", lambda s: s.sparsity),
     Column("params", "", lambda s: fmt.count(s.params), lambda s: s.params),
     Column("MACs", "", lambda s: fmt.count(s.macs), lambda s: s.macs),
@@ -51,7 +51,12 @@ COLUMNS = (
     Column("fine-tuned", "%", lambda s: fmt.accuracy(s.accuracy_finetuned), lambda s: s.accuracy_finetuned.mean),
     Column("latency", "ms", lambda s: fmt.significant(s.latency_ms), lambda s: s.latency_ms),
     Column("speed-up", "", lambda s: fmt.times(s.speedup.mean), lambda s: s.speedup.mean),
-    Column("verified difference", "", lambda s: fmt.difference(s.verified_difference), lambda s: s.verified_difference),
+    Column(
+        "verified difference",
+        "",
+        lambda s: fmt.difference(s.verified_difference),
+        lambda s: s.verified_difference or 0.0,
+    ),
 )
 
 
@@ -66,7 +71,7 @@ class TrialColumn:
 
 
 TRIAL_COLUMNS = (
-    TrialColumn("criterion", lambda r: r.criterion, lambda r: r.criterion, numeric=False),
+    TrialColumn("criterion", lambda r: r.name, lambda r: r.name, numeric=False),
     TrialColumn("removed %", lambda r: f"{r.sparsity * 100:.0f}", lambda r: r.sparsity),
     TrialColumn("seed", lambda r: str(r.seed), lambda r: r.seed),
     TrialColumn("dense %", lambda r: f"{r.accuracy_dense * 100:.2f}", lambda r: r.accuracy_dense),
@@ -82,7 +87,7 @@ TRIAL_COLUMNS = (
     TrialColumn("dense ms", lambda r: fmt.significant(r.latency_ms.before), lambda r: r.latency_ms.before),
     TrialColumn("pruned ms", lambda r: fmt.significant(r.latency_ms.after), lambda r: r.latency_ms.after),
     TrialColumn("speed-up", lambda r: fmt.times(r.speedup), lambda r: r.speedup),
-    TrialColumn("verified", lambda r: fmt.difference(r.verified_difference), lambda r: r.verified_difference),
+    TrialColumn("verified", lambda r: fmt.difference(r.verified_difference), lambda r: r.verified_difference or 0.0),
     TrialColumn("seconds", lambda r: f"{r.seconds:.1f}", lambda r: r.seconds),
 )
 
@@ -129,7 +134,7 @@ def terminal_table(summaries: Sequence[Summary], title: str) -> Table:
         head = f"{column.head}\n{column.unit}" if column.unit else column.head
         table.add_column(head.replace(" ", "\n", 1), justify="right" if column.numeric else "left", no_wrap=True)
     for row, following in zip(summaries, [*summaries[1:], None], strict=True):
-        last = following is None or following.criterion != row.criterion
+        last = following is None or following.method != row.method
         table.add_row(*(escape(column.cell(row)) for column in COLUMNS), end_section=last)
     return table
 
