@@ -1,7 +1,8 @@
-"""Fail unless the demo left 40 finished trials and a report that shows them: `check_demo.py FOLDER`."""
+"""Fail unless the demo left all its trials and a report that shows them: `check_demo.py FOLDER`."""
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,12 +22,21 @@ def numbers(value: object) -> list[float]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    trials = {(record["criterion"], record["sparsity"], record["seed"]) for record in records}
+    command = [str(Path(sys.executable).parent / "secateur"), "study", "rows", "studies/digits.toml"]
+    asked = subprocess.run(
+        [*command, "--store", str(folder / "results.db"), "--format", "json"], capture_output=True, check=True
+    )
+    records = json.loads(asked.stdout)
+    failed = [record["key"] for record in records if record["error"]]
+    assert not failed, f"failed: {failed}"
+    pruned = [record for record in records if record["prunes"] == "channels"]
+    trials = {(record["criterion"], record["sparsity"], record["seed"]) for record in pruned}
     expected = {(criterion, sparsity, seed) for criterion in CRITERIA for sparsity in SPARSITIES for seed in SEEDS}
-    assert len(records) == 40 and trials == expected, f"{len(records)} records; missing {sorted(expected - trials)}"
+    assert trials == expected and len(pruned) == 40, f"{len(pruned)} records; missing {sorted(expected - trials)}"
+    controls = sorted(record["criterion"] for record in records if record["prunes"] == "nothing")
+    assert controls == ["smaller", "smaller", "unpruned", "unpruned"], controls
     assert all(math.isfinite(number) for number in numbers(records)), "a record holds a number that is not finite"
-    for record in records:
+    for record in pruned:
         assert record["verified_difference"] <= 1e-9, f"{record['key']}: not verified"
         assert record["params"][1] < record["params"][0] and record["macs"][1] < record["macs"][0], record["key"]
         assert record["accuracy_finetuned"] > 0.5, f"{record['key']}: fine-tuning did not work"

@@ -55,7 +55,7 @@ def test_torch_is_not_imported_for_help():
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("demo", "inspect", "prune", "measure", "export", "criteria"):
+    for name in ("demo", "inspect", "prune", "measure", "export", "criteria", "study"):
         assert name in result.output
 
 
@@ -316,16 +316,12 @@ def test_ctrl_c_in_the_demo_says_how_to_go_on(tmp_path, monkeypatch):
 def test_the_demo_prints_its_table_and_where_the_report_is(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     import secateur.demo
-    from secateur.training import Recipe
+    from test_demo import short
 
-    monkeypatch.setattr(secateur.demo, "TRAINING", Recipe(epochs=1, lr=0.05))
-    monkeypatch.setattr(secateur.demo, "RECOVERY", Recipe(epochs=1, lr=0.02))
-    monkeypatch.setattr(secateur.demo, "TIMED_SECONDS", 0.0)
-    monkeypatch.setattr(secateur.demo, "SPARSITIES", (0.4,))
-    monkeypatch.setattr(secateur.demo, "CRITERIA", ("l1", "random"))
+    monkeypatch.setattr(secateur.demo, "demo_study", short)
     result = run("demo", "--out", tmp_path / "new", "--seeds", "1")
     assert result.exit_code == 0, result.output
-    assert "[2/2]" in result.stderr  # plain lines where there is no terminal
+    assert "[3/3]" in result.stderr  # plain lines where there is no terminal
     assert "fine-tuned" in result.stdout
     assert Path(result.stdout.splitlines()[-1].removeprefix("Report: ")) == tmp_path / "new" / "report.html"
     again = run("demo", "--out", tmp_path / "new", "--seeds", "1")
@@ -335,5 +331,5 @@ def test_the_demo_prints_its_table_and_where_the_report_is(tmp_path, monkeypatch
 
 def test_a_terminal_gets_a_progress_bar(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with command_line._progress(2) as told:
+    with command_line.progress(2) as told:
         told(1, "one trial")

@@ -130,3 +130,38 @@ def test_the_own_loop_example_shrinks_saves_and_loads(capsys: pytest.CaptureFixt
     assert len(steps) == 5 and sorted(steps, reverse=True) == steps
     assert steps[-1] <= 0.25 * macs[0]
     assert "bit for bit" in lines[-1]
+
+
+def test_the_guide_to_studies_shows_a_study_that_is_one(tmp_path: Path) -> None:
+    from secateur.study import read_study, trials_of
+
+    guide = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    file = tmp_path / "filters.toml"
+    file.write_text(blocks("toml", guide)[0], encoding="utf-8")
+    trials = trials_of(read_study(file))
+    assert {trial.method.criterion for trial in trials} >= {
+        "taylor_fo",
+        "magnitude",
+        "random",
+        "l2",
+        "unpruned",
+        "smaller",
+    }
+    printed = io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
+        exec(compile(blocks("python", guide)[0], "studies.md", "exec"), {})
+    assert printed.getvalue() == "44 trials\n"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_study_of_the_repository_can_be_read_at_every_scale(file: Path) -> None:
+    from secateur.study.reading import references_of
+    from secateur.study.spec import read_profiles
+    from secateur.study.trials import trials_of
+
+    for study in read_profiles(file).values():
+        assert len(trials_of(study)) > 5
+        found = references_of(study, file.parent)
+        assert bool(found) == (study.reference is not None and study.data[0].name != "imagefolder")
+        names = {method.title for method in study.methods}
+        assert {line.method for line in found} <= names | {""}

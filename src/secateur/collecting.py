@@ -271,14 +271,31 @@ class Grams(Collector):
     k is in / groups * taps, in the order of the weight. At most `positions` patches per sample, drawn at random.
     """
 
+    def __init__(self, observation: Observation) -> None:
+        super().__init__(observation)
+        self._last: tuple[Tensor, Tensor, int] | None = None  # an input, its second moments, its rows
+
     def call(self, call: LayerCall) -> None:
         """Add the second moments."""
-        if not call.has_patches:
-            return
+        if call.has_patches:
+            gram, rows = self._moments(call)
+            self.observation.add("gram", call.name, gram)
+            self.observation.add("gram_rows", call.name, torch.tensor(rows))
+
+    def batch(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let go of the last input."""
+        self._last = None
+
+    def _moments(self, call: LayerCall) -> tuple[Tensor, int]:
+        again = call.window is None and self.observation.positions is None  # queries, keys and values read the same
+        if again and self._last is not None and self._last[0] is call.input:
+            return self._last[1:]
         positions = call.positions(self.observation.positions, self.observation.generator)
         patches = call.patches(positions).detach()
-        self.observation.add("gram", call.name, patches.transpose(1, 2) @ patches)
-        self.observation.add("gram_rows", call.name, torch.tensor(patches.shape[1]))
+        gram, rows = patches.transpose(1, 2) @ patches, patches.shape[1]
+        if again:
+            self._last = (call.input, gram, rows)
+        return gram, rows
 
 
 class Curvatures(Collector):

@@ -66,3 +66,7 @@ class CalibrationError(DataError):
 
 class TrainingError(SecateurError):
     """Training cannot go on (the loss is not a number) or cannot resume (the checkpoint is of another run)."""
+
+
+class StorageError(TrainingError):
+    """A checkpoint cannot be written: the disk is full, or not there. The run can go on from the one before it."""

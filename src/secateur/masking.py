@@ -96,7 +96,7 @@ def make_masks(
     within: Iterable[str | nn.Module] | str | nn.Module | None = None,
     ignore: Iterable[str | nn.Module] | str | nn.Module = (),
     biases: bool = False,
-    propagate: bool = False,
+    propagate: bool | None = None,
     masks: Masks | None = None,
     seed: int = 0,
     forward: Forward | None = None,
@@ -114,15 +114,16 @@ def make_masks(
     `data`: batches for criteria that look at them. `within`, `ignore`: layers to prune or to spare: modules, names or
     patterns; by default all convolutions, linear maps and attention projections. `biases`: prune biases too, each
     vector of them as one unit. `propagate`: measure layer by layer in order of execution, each with the layers before
-    it already pruned, as Wanda's paper does; otherwise all on the model as it is, in one pass. SparseGPT always
-    propagates. `masks`: weights that went before; they stay zero and count. New weights that those masks bring are not
-    looked at: to go on from them, pass `masks.apply(model)` as the model. Ties go in order of position.
+    it already pruned, as Wanda's paper does; otherwise all on the model as it is, in one pass. By default only
+    SparseGPT does. `masks`: weights that went before; they stay zero and count. New weights that those masks bring are
+    not looked at: to go on from them, pass `masks.apply(model)` as the model. Ties go in order of position.
 
     Raises InputError, TargetError or UnknownNameError for what makes no sense, PlanMismatchError for masks of another
     model: before any work.
     """
-    found, layers, choice = _asked(
-        model, criterion, sparsity, scope, pattern, data, within, ignore, biases=biases, propagate=propagate
+    in_turn = criterion == "sparsegpt" if propagate is None else propagate
+    found, layers, choice = asked_of(
+        model, criterion, sparsity, scope, pattern, data, within, ignore, biases=biases, propagate=in_turn
     )
     if masks is not None:
         masks.check(model)
@@ -133,10 +134,10 @@ def make_masks(
     if criterion == "ln_structured":
         keep = _ln_structured(start, layers, choice)
     elif criterion == "sparsegpt":
-        keep, values = _sparsegpt(start, layers, choice, source, before)
+        keep, values = _sparsegpt(start, layers, choice, source, before, in_turn)
     elif criterion == "synflow":
         keep = _synflow(start, layers, choice, source, before)
-    elif propagate:
+    elif in_turn:
         keep = _in_turn(start, layers, found, choice, source, before)
     else:
         needs = tuple(getattr(found, "needs", ()))
@@ -198,7 +199,7 @@ class _Source:
         return replace(found, seed=self.seed)
 
 
-def _asked(
+def asked_of(
     model: nn.Module,
     criterion: str | WeightCriterion,
     sparsity: float | Mapping[str, float] | None,
@@ -211,7 +212,7 @@ def _asked(
     biases: bool = False,
     propagate: bool = False,
 ) -> tuple[WeightCriterion | WeightMethod, tuple[WeightLayer, ...], _Choice]:
-    """The criterion, the layers and how to choose, once all of it is known to make sense."""
+    """The criterion, the layers and how to choose, of a request that makes sense; raises what `make_masks` does."""
     check_model(model)
     check_weights(model)
     found = _resolve(criterion)
@@ -327,7 +328,7 @@ def _check_data(
     if data is None and (needs or criterion == "synflow"):
         why = "the shape of its input" if criterion == "synflow" else f"{', '.join(needs)} evidence"
         raise InputError(f"criterion {criterion!r} needs {why}: pass data=, an iterable of batches.")
-    if isinstance(data, Iterator) and (propagate or criterion == "sparsegpt"):
+    if isinstance(data, Iterator) and propagate:
         raise InputError(
             "the data is an iterator, good for one pass, but every layer takes one: pass a list of batches."
         )
@@ -478,11 +479,17 @@ def _in_turn(
 
 
 def _sparsegpt(
-    model: nn.Module, layers: Sequence[WeightLayer], choice: _Choice, source: _Source, before: Mapping[str, Tensor]
+    model: nn.Module,
+    layers: Sequence[WeightLayer],
+    choice: _Choice,
+    source: _Source,
+    before: Mapping[str, Tensor],
+    in_turn: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    sparse, keep, values = private_copy(model), {}, {}
+    sparse, keep, values = private_copy(model) if in_turn else model, {}, {}
+    facts = None if in_turn else source.evidence(model, ("gram",), [layer.name for layer in layers])
     for layer in _order(model, layers, source):
-        facts = source.evidence(sparse, ("gram",), [layer.name])
+        facts = source.evidence(sparse, ("gram",), [layer.name]) if in_turn or facts is None else facts
         gram = facts.sums["gram"][layer.name] / facts.sums["gram_rows"][layer.name]
         weight = layer.rows(facts.tensors[layer.name].cpu())
         gone = ~layer.rows(before[layer.name]) if layer.name in before else torch.zeros(weight.shape, dtype=torch.bool)
@@ -490,7 +497,8 @@ def _sparsegpt(
         new, kept = sparsegpt_rows(weight, gram, choice.fractions[layer.name], pattern, gone)
         keep[layer.name] = layer.from_rows(kept)
         values[layer.name] = layer.from_rows(new).to(facts.tensors[layer.name].dtype)
-        _write_(sparse, layer.name, values[layer.name].to(facts.tensors[layer.name].device))
+        if in_turn:
+            _write_(sparse, layer.name, values[layer.name].to(facts.tensors[layer.name].device))
     return keep, values
 
 
@@ -582,7 +590,7 @@ class Gradual:
     def after_backward(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Gradients of what is gone are zero."""
         if self._step == 0:
-            _asked(model, sparsity=self._goal.sparsity, **self._asked)
+            asked_of(model, sparsity=self._goal.sparsity, **self._asked)
         if self._held is not None:
             self._held.after_backward(model, optimizer)
 

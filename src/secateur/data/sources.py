@@ -83,11 +83,13 @@ def _digits(data_dir: Path | str | None, *, cache_dir: Path | str | None = None,
     return digits(**options)  # bundled: needs neither folder
 
 
-def _image_folder(data_dir: Path | str | None, **options: Any) -> Splits:
-    folder = _data_folder(data_dir)
-    if folder is None:
+def _image_folder(data_dir: Path | str | None, folder: str = "", **options: Any) -> Splits:
+    root = _data_folder(data_dir)
+    if root is None:
         raise DataError("imagefolder needs the folder: pass data_dir (--data-dir), or set SECATEUR_DATA.")
-    return image_folder(folder, **{"size": 224, **options})
+    if not (root / folder).resolve().is_relative_to(root.resolve()):
+        raise DataError(f"imagefolder: folder is a path inside {root}; got {folder!r}.")
+    return image_folder(root / folder, **{"size": 224, **options})
 
 
 SOURCES: Mapping[str, Callable[..., Splits]] = {
@@ -115,7 +117,7 @@ def load_data(
         seed: decides which training images become the validation set, and nothing else.
         validation: the fraction of the training images that do.
         cache_dir: where decoded images are kept; default SECATEUR_CACHE, else the platform's folder for caches.
-        options: of that data set's function; `size` of an image folder.
+        options: of that data set's function; of an image folder `size`, and `folder`, where it lies inside `data_dir`.
 
     Raises:
         UnknownNameError: there is no data set of that name.

@@ -48,12 +48,14 @@ def vgg19(num_classes: int = 10, width: int = 64) -> Plain:
     return _vgg(VGG19, num_classes, width)
 
 
-def alexnet(num_classes: int = 10, image_size: int = 32) -> Plain:
+def alexnet(num_classes: int = 10, image_size: int = 32, hidden: int = 4096) -> Plain:
     """AlexNet in the one-column form of Krizhevsky 2014 ("One weird trick"), for images of 224 or of 32 pixels.
 
     At 224 it has the 61,100,840 parameters of the published form at 1,000 classes. At 32 the first convolution is
-    3x3 with stride 2, the poolings are 2x2, and the 256 x 2 x 2 features feed the same two layers of 4,096.
+    3x3 with stride 2, the poolings are 2x2, and the 256 x 2 x 2 features feed the same two layers of 4,096 (`hidden`).
     """
+    if hidden < 1:
+        raise InputError(f"hidden is the width of the two hidden linear layers, at least 1; got {hidden}.")
     if image_size not in (32, 224):
         raise InputError(f"alexnet takes images of 32 or 224 pixels, got image_size={image_size}.")
     large = image_size == 224
@@ -69,9 +71,9 @@ def alexnet(num_classes: int = 10, image_size: int = 32) -> Plain:
     )
     side = 6 if large else 2
     classifier = nn.Sequential(
-        *(nn.Dropout(), nn.Linear(256 * side * side, 4096), nn.ReLU()),
-        *(nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU()),
-        nn.Linear(4096, num_classes),
+        *(nn.Dropout(), nn.Linear(256 * side * side, hidden), nn.ReLU()),
+        *(nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU()),
+        nn.Linear(hidden, num_classes),
     )
     return Plain(features, classifier)
 

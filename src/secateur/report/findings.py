@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from secateur.report import format as fmt
+from secateur.report.checks import warnings_about
+from secateur.report.comparing import accuracy_finetuned, named, paired
 from secateur.report.records import Record
-from secateur.report.statistics import FEW_SEEDS, Estimate, Summary, estimate
+from secateur.report.statistics import FEW_SEEDS, Summary
 
 TOLERANCE = 0.01  # accuracy that one is ready to give up: one percentage point
-SMALL_TEST_SET = 1000  # samples, below which one sample weighs more than 0.1 points
-NOISE = 0.1  # distance of the quartiles of the timings over their median, above which a latency is noisy
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def find(records: Sequence[Record], summaries: Sequence[Summary]) -> Findings:
     return Findings(
         headline=_headline(chosen),
         facts=tuple(filter(None, [_choice(chosen), _repair(chosen), _latency(chosen), _against_random(records)])),
-        warnings=tuple(warning for check in WARNINGS for warning in check(records, summaries)),
+        warnings=warnings_about(records, summaries),
         chosen=chosen,
         tiles=_tiles(chosen),
     )
@@ -50,11 +49,14 @@ def find(records: Sequence[Record], summaries: Sequence[Summary]) -> Findings:
 def choose(summaries: Sequence[Summary]) -> Summary:
     """The setting to highlight: fewest MACs among those that lose at most TOLERANCE; else the one that loses least.
 
-    The loss is the one on validation data where every setting has it, so that nothing is chosen on test data.
+    The loss is the one on validation data where every setting has it, so that nothing is chosen on test data. Among
+    settings of the same MACs, as masked ones are, the one with fewest parameters left counts. A control is chosen only
+    where there is nothing else.
     """
-    loss = _loss(summaries)
-    good = [s for s in summaries if loss(s) <= TOLERANCE]
-    return min(good, key=lambda s: (s.macs, loss(s))) if good else min(summaries, key=loss)
+    choices = [s for s in summaries if not s.is_control] or [s for s in summaries if not s.unpruned] or summaries
+    loss = _loss(choices)
+    good = [s for s in choices if loss(s) <= TOLERANCE]
+    return min(good, key=lambda s: (s.macs, s.params_left, loss(s))) if good else min(choices, key=loss)
 
 
 def _loss(summaries: Sequence[Summary]) -> Callable[[Summary], float]:
@@ -64,26 +66,35 @@ def _loss(summaries: Sequence[Summary]) -> Callable[[Summary], float]:
 
 
 def _headline(chosen: Summary) -> str:
-    saved = fmt.percent(1 - chosen.macs_kept, 0)
+    if chosen.prunes == "weights":
+        zero = chosen.sparsity if chosen.weights_left is None else 1 - chosen.weights_left
+        saved = f"{fmt.percent(zero, 0)} fewer weights"
+    else:
+        saved = f"{fmt.percent(1 - chosen.macs_kept, 0)} fewer multiply-accumulates"
     drop = chosen.drop.mean
     if drop > TOLERANCE:
-        return f"{saved} fewer multiply-accumulates cost {fmt.points(drop)} of accuracy"
+        return f"{saved} cost {fmt.points(drop)} of accuracy"
     if drop <= 0.0005:
-        return f"{saved} fewer multiply-accumulates, at no loss of accuracy"
-    return f"{saved} fewer multiply-accumulates for {fmt.points(drop)} of accuracy"
+        return f"{saved}, at no loss of accuracy"
+    return f"{saved} for {fmt.points(drop)} of accuracy"
+
+
+THINGS = {"channels": "channels", "weights": "weights", "macs": "MACs", "params": "parameters"}
 
 
 def _choice(chosen: Summary) -> str:
-    removed = fmt.percent(chosen.sparsity, 0)
+    removed = f"{fmt.share(chosen.sparsity)}{fmt.THIN}%"
     where = "validation data" if chosen.validation_drop is not None else "the test data themselves"
     lost = chosen.drop.mean if chosen.validation_drop is None else chosen.validation_drop
+    fewest = "weights" if chosen.prunes == "weights" else "MACs"
     rule = (
-        "it needs the fewest MACs of all settings that lose at most one point there"
+        f"it needs the fewest {fewest} of all settings that lose at most one point there"
         if lost <= TOLERANCE
         else "no setting stays within one point of the dense model there, and this one loses least"
     )
     return (
-        f"The setting shown is {chosen.method} with {removed} of the channels removed. It was chosen on {where}: "
+        f"The setting shown is {chosen.method} with {removed} of the {THINGS.get(chosen.target, chosen.target)} "
+        f"{'set to zero' if chosen.prunes == 'weights' else 'removed'}. It was chosen on {where}: "
         f"{rule}. All accuracies on this page are on test data."
     )
 
@@ -97,6 +108,8 @@ def _repair(chosen: Summary) -> str:
 
 
 def _latency(chosen: Summary) -> str:
+    if chosen.prunes == "weights":
+        return "Its zeros are still multiplied: MACs and latency are those of the dense model."
     speedup, ratio = chosen.speedup.mean, chosen.macs_ratio
     start = f"MACs fall {fmt.times(ratio)}, measured latency falls {fmt.times(speedup)}."
     if speedup < 1.0:
@@ -107,15 +120,19 @@ def _latency(chosen: Summary) -> str:
 
 
 def _against_random(records: Sequence[Record]) -> str:
-    names = list(dict.fromkeys(r.name for r in records if r.name != "random"))
-    if not names or all(r.name != "random" for r in records):
-        return ""
-    pruned = [(n, g) for n in names if (g := gain_over_random(records, n, lambda r: r.accuracy_pruned))]
-    tuned = [(n, g) for n in names if (g := gain_over_random(records, n, lambda r: r.accuracy_finetuned))]
+    by_name = named(records)
+    chance = {rows[0].prunes: name for name, rows in by_name.items() if rows[0].criterion == "random"}
+    rivals = [
+        (name, chance[rows[0].prunes])
+        for name, rows in by_name.items()
+        if rows[0].prunes in chance and rows[0].criterion != "random"
+    ]
+    pruned = [(a, gain) for a, b in rivals if (gain := paired(records, a, b, lambda r: r.accuracy_pruned))]
+    tuned = [(a, gain) for a, b in rivals if (gain := paired(records, a, b, accuracy_finetuned))]
     if not tuned:
         return ""
     text = (
-        "Against removing channels at random, averaged over sparsities, in points: before fine-tuning "
+        "Against removing at random, averaged over sparsities, in points: before fine-tuning "
         f"{fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in pruned])}; "
         f"after it {fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in tuned])}."
     )
@@ -123,20 +140,6 @@ def _against_random(records: Sequence[Record]) -> str:
         return text + " With so few seeds, differences of this size after fine-tuning may be chance."
     clear = [n for n, g in tuned if g.low > 0]
     return text + (f" Clear of chance at 95 % after fine-tuning: {fmt.listed(clear) if clear else 'none'}.")
-
-
-def gain_over_random(records: Sequence[Record], criterion: str, value: Callable[[Record], float]) -> Estimate | None:
-    """By how much a criterion beats `random`: paired by seed and sparsity, then averaged over sparsities.
-
-    The estimate is over seeds; None where no pair exists.
-    """
-    random = {(r.scope, r.sparsity, r.seed): value(r) for r in records if r.name == "random"}
-    gains: dict[int, list[float]] = {}
-    for record in records:
-        if record.name == criterion and (record.scope, record.sparsity, record.seed) in random:
-            gain = value(record) - random[record.scope, record.sparsity, record.seed]
-            gains.setdefault(record.seed, []).append(gain)
-    return estimate(statistics.fmean(found) for found in gains.values()) if gains else None
 
 
 def _tiles(chosen: Summary) -> tuple[Tile, ...]:
@@ -150,73 +153,26 @@ def _tiles(chosen: Summary) -> tuple[Tile, ...]:
         Tile(
             "Multiply-accumulates",
             fmt.count(chosen.macs),
-            f"{fmt.percent(chosen.macs_kept, 0)} of {fmt.count(chosen.macs / chosen.macs_kept)}",
+            _part(chosen.macs_kept, chosen.macs / chosen.macs_kept),
         ),
-        Tile(
-            "Parameters",
-            fmt.count(chosen.params),
-            f"{fmt.percent(chosen.params_kept, 0)} of {fmt.count(chosen.params / chosen.params_kept)}",
-        ),
+        _size(chosen),
         Tile(
             "Measured speed-up",
             fmt.times(chosen.speedup.mean),
             f"{fmt.significant(chosen.latency_dense_ms)} ms to {fmt.significant(chosen.latency_ms)} ms",
         ),
-        Tile("Verified difference", fmt.difference(chosen.verified_difference), "shrunk against zeroed original"),
+        Tile("Verified difference", fmt.difference(chosen.verified_difference), "shrunk against zeroed original")
+        if chosen.prunes != "weights"
+        else Tile("Layers made smaller", "none", "masked: no speed-up"),
     )
 
 
-def _few_seeds(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
-    least = min(len(s.seeds) for s in summaries)
-    if least >= FEW_SEEDS:
-        return []
-    return [f"{fmt.several(least, 'seed').capitalize()} per setting: read differences between criteria as hints only."]
+def _size(chosen: Summary) -> Tile:
+    if chosen.prunes == "weights":
+        kept = chosen.params_left / chosen.params
+        return Tile("Parameters not zero", fmt.count(chosen.params_left), _part(kept, chosen.params))
+    return Tile("Parameters", fmt.count(chosen.params), _part(chosen.params_kept, chosen.params / chosen.params_kept))
 
 
-def _small_test_set(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
-    data = records[0].fingerprint.get("data")
-    size = data.get("test") if isinstance(data, Mapping) else None
-    if not isinstance(size, int) or size >= SMALL_TEST_SET:
-        return []
-    return [f"The test set holds {size} samples: a single one is worth {fmt.points(1 / size, 2)} of accuracy."]
-
-
-def _gaps(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
-    seeds = {r.seed for r in records}
-    missing = sum(len(seeds) - len(s.seeds) for s in summaries)
-    return (
-        [f"Incomplete: {fmt.several(missing, 'trial')} missing from the grid of settings and seeds."] if missing else []
-    )
-
-
-def _noisy_latency(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
-    known = [r.latency_noise for r in records if r.latency_noise is not None]
-    noisy = [noise for noise in known if noise > NOISE]
-    if not noisy:
-        return []
-    return [
-        f"Latency was noisy in {len(noisy)} of {fmt.several(len(known), 'trial')}: the middle half of the timed "
-        f"runs spans more than {NOISE * 100:.0f} %. The machine was probably busy; measure again when it is idle."
-    ]
-
-
-def _mixed_machines(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
-    differing = [
-        name
-        for name in sorted({name for r in records for name in r.fingerprint})
-        if len({repr(r.fingerprint.get(name)) for r in records}) > 1
-    ]
-    if not differing:
-        return []
-    return [f"The records differ in {fmt.listed(differing)}: compare their latencies with care."]
-
-
-def _chosen_on_test(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
-    if all(s.validation_drop is not None for s in summaries):
-        return []
-    return [
-        "The setting shown was chosen on test data, as no validation results were recorded: its figures flatter it."
-    ]
-
-
-WARNINGS = (_few_seeds, _small_test_set, _gaps, _noisy_latency, _mixed_machines, _chosen_on_test)
+def _part(kept: float, whole: float) -> str:
+    return f"{fmt.percent(kept, 0)} of {fmt.count(whole)}"

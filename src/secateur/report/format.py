@@ -34,10 +34,15 @@ def points(difference: float, decimals: int = 1) -> str:
     return f"{text} point{'' if text == '1.0' else 's'}"
 
 
-def signed_points(difference: float) -> str:
+def signed_points(difference: float, decimals: int = 1) -> str:
     """`+0.4` or `-1.2` percentage points, with a real minus sign."""
-    text = f"{difference * 100:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
+    text = f"{difference * 100:+.{decimals}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+
+
+def share(fraction: float) -> str:
+    """A fraction asked for, in percent, as short as it can be: `40`, `97.5`, `0.1`."""
+    return f"{100 * fraction:.4g}"
 
 
 def times(ratio: float) -> str:
@@ -53,14 +58,23 @@ def accuracy(value: Estimate) -> str:
     return f"{value.mean * 100:.1f} ± {(high - low) * 50:.1f}"
 
 
+def gain(value: Estimate, decimals: int = 1) -> str:
+    """A difference of accuracies and half its error bar, in points: `+0.4 ± 0.3`."""
+    mean = signed_points(value.mean, decimals)
+    if value.seeds == 1:
+        return mean
+    low, high = value.bar
+    return f"{mean} ± {(high - low) * 50:.{decimals}f}"
+
+
 def difference(value: float | None) -> str:
     """A relative difference in scientific notation: `2.1e-16`; exactly zero is `0`, and one never taken `-`."""
     return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
-def several(number: int, noun: str) -> str:
+def several(number: int, noun: str, plural: str = "") -> str:
     """`1 trial`, `40 trials`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def listed(names: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,10 @@ from secateur.errors import InputError
 from secateur.files import write_bytes
 from secateur.report import format as fmt
 from secateur.report import palette
-from secateur.report.charts import _figure
-from secateur.report.page import _asset, _inline
+from secateur.report.looks import figure as empty_figure
+from secateur.report.page import asset
 from secateur.report.palette import HUES, INK
+from secateur.report.sections import inline
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -50,7 +50,7 @@ def gamma_figure(gammas: Gammas, threshold: float) -> Figure:
     """
     values = _checked(gammas, threshold)
     width = (max(*values, threshold) or 1.0) / BINS
-    figure = _figure("|\N{GREEK SMALL LETTER GAMMA}|, the scale of a channel", "channels, root scale", height=460)
+    figure = empty_figure("|\N{GREEK SMALL LETTER GAMMA}|, the scale of a channel", "channels, root scale", height=460)
     goes = _counted(gammas, width, lambda gamma: gamma < threshold)
     stays = _counted(gammas, width, lambda gamma: gamma >= threshold)
     for name, colour, bins in (("below the threshold", HUES[1], goes), ("stays", HUES[0], stays)):
@@ -116,10 +116,10 @@ def _page(figure: Figure, title: str, gammas: Gammas, threshold: float) -> str:
         "absolute value of their scale. Sparse training drives scales to zero; what lies below the threshold can go. "
         "Bars grow with the root of their counts.",
         emptied=warning if lost else "",
-        figure=Markup(_inline(figure.to_json())),
-        dark=Markup(_inline(json.dumps(palette.DARK))),
-        css=Markup(_asset("page.css")),
-        script=Markup(_asset("page.js")),
+        figure=Markup(inline(figure)),
+        dark=Markup(inline(palette.DARK)),
+        css=Markup(asset("page.css")),
+        script=Markup(asset("page.js")),
         plotly=Markup(get_plotlyjs()),
     )
 

@@ -58,6 +58,26 @@ class Timing(NamedTuple):
     noise: float  # distance of the quartiles of the pruned model's timings, over their median
 
 
+class Reference(NamedTuple):
+    """One number of a published document, to stand beside ours."""
+
+    model: str
+    data: str
+    method: str  # as our records call it; "" for a dense model
+    sparsity: float
+    stage: str  # "dense", "pruned", "finetuned"
+    accuracy: float  # a fraction
+    source: str  # the document
+    note: str = ""
+
+
+class Failure(NamedTuple):
+    """A trial that ended with an error instead of a record."""
+
+    key: str
+    error: str
+
+
 @dataclass(frozen=True)
 class Record:
     """One trial: a trained model, pruned and fine-tuned. Accuracies are fractions in [0, 1], on test data.
@@ -113,6 +133,11 @@ class Record:
     def name(self) -> str:
         """What tables and charts call the method."""
         return self.method or self.criterion
+
+    @property
+    def unpruned(self) -> bool:
+        """Whether this is the control that was only fine-tuned."""
+        return self.prunes == "nothing" and self.sparsity == 0
 
     @property
     def drop(self) -> float:

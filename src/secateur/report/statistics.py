@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from secateur.errors import InputError
-from secateur.report.records import LayerWidth, Record
+from secateur.report.records import LayerWeights, LayerWidth, Record
 
 FEW_SEEDS = 3  # from this many on, a t interval is narrow enough to say something
 
@@ -40,14 +40,21 @@ class Summary:
     method: str
     scope: str
     sparsity: float
+    prunes: str  # these three as in Record
+    target: str
+    control: bool
     seeds: tuple[int, ...]
+    epochs: int | None  # None where the trials differ or do not say
     accuracy_dense: Estimate
     accuracy_pruned: Estimate
     accuracy_repaired: Estimate | None  # None where a trial has none
     accuracy_finetuned: Estimate
+    train_finetuned: Estimate | None
     drop: Estimate  # accuracy_dense - accuracy_finetuned, paired by seed
     params: float  # means of the pruned models
     params_kept: float
+    params_left: float  # those that are not zero: as `params` where nothing is masked
+    weights_left: float | None
     macs: float
     macs_kept: float
     macs_ratio: float
@@ -57,11 +64,23 @@ class Summary:
     verified_difference: float | None  # the worst; None where nothing was shrunk
     validation_drop: float | None
     widths: tuple[LayerWidth, ...]  # of the first seed
+    layers: tuple[LayerWeights, ...]  # of the first seed
+    keys: tuple[str, ...]  # of the trials
 
     @property
     def name(self) -> str:
-        """How the setting is called in tables and menus: `l2, 40 %`."""
-        return f"{self.method}, {self.sparsity:.0%}".replace("%", " %")
+        """How the setting is called in tables and menus: `l2, 40 %`; `unpruned` needs no number."""
+        return self.method if self.unpruned else f"{self.method}, {100 * self.sparsity:.3g} %"
+
+    @property
+    def unpruned(self) -> bool:
+        """Whether this is the control that was only fine-tuned."""
+        return self.prunes == "nothing" and self.sparsity == 0
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is there to be compared with, and not to be recommended."""
+        return self.control or self.prunes == "nothing"
 
 
 def estimate(values: Iterable[float]) -> Estimate:
@@ -77,25 +96,27 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def summarise(records: Iterable[Record]) -> list[Summary]:
-    """One summary per method, scope and sparsity, in order of first appearance of the method, then by sparsity.
+    """One summary per method, scope, target and sparsity, in order of first appearance of the method, then by sparsity.
 
     Raises InputError where the records are of more than one model or data set: those are not comparable.
     """
-    groups: dict[tuple[str, str, float], list[Record]] = {}
+    groups: dict[tuple[str, str, str, float], list[Record]] = {}
     kinds = set()
     for record in records:
         kinds.add((record.model, record.data))
-        groups.setdefault((record.name, record.scope, record.sparsity), []).append(record)
+        groups.setdefault((record.name, record.scope, record.target, record.sparsity), []).append(record)
     if len(kinds) > 1:
         raise InputError(f"records of {len(kinds)} (model, data) pairs do not compare: summarise each by itself.")
-    order = {key[:2]: place for place, key in reversed(list(enumerate(groups)))}
-    return [_summary(groups[key]) for key in sorted(groups, key=lambda key: (order[key[:2]], key[2]))]
+    order = {key[:3]: place for place, key in reversed(list(enumerate(groups)))}
+    return [_summary(groups[key]) for key in sorted(groups, key=lambda key: (order[key[:3]], key[3]))]
 
 
-def pareto_front(summaries: Sequence[Summary]) -> list[Summary]:
-    """The settings that no other beats on both MACs and mean fine-tuned accuracy, by growing MACs."""
+def pareto_front(
+    summaries: Iterable[Summary], cost: Callable[[Summary], float] = lambda summary: summary.macs
+) -> list[Summary]:
+    """The settings that no other beats on both cost (MACs) and mean fine-tuned accuracy, by growing cost."""
     front: list[Summary] = []
-    for summary in sorted(summaries, key=lambda s: (s.macs, -s.accuracy_finetuned.mean)):
+    for summary in sorted(summaries, key=lambda s: (cost(s), -s.accuracy_finetuned.mean)):
         if not front or summary.accuracy_finetuned.mean > front[-1].accuracy_finetuned.mean:
             front.append(summary)
     return front
@@ -137,14 +158,21 @@ def _summary(records: Sequence[Record]) -> Summary:
         method=first.name,
         scope=first.scope,
         sparsity=first.sparsity,
+        prunes=first.prunes,
+        target=first.target,
+        control=first.control,
         seeds=tuple(sorted(record.seed for record in records)),
+        epochs=first.epochs if len({r.epochs for r in records}) == 1 else None,
         accuracy_dense=estimate(r.accuracy_dense for r in records),
         accuracy_pruned=estimate(r.accuracy_pruned for r in records),
-        accuracy_repaired=_repaired(records),
+        accuracy_repaired=_where_known([r.accuracy_repaired for r in records]),
         accuracy_finetuned=estimate(r.accuracy_finetuned for r in records),
+        train_finetuned=_where_known([r.train_finetuned for r in records]),
         drop=estimate(r.drop for r in records),
         params=mean(lambda r: r.params.after),
         params_kept=mean(lambda r: r.params.kept),
+        params_left=mean(params_left),
+        weights_left=left.mean if (left := _where_known([r.weights_left for r in records])) else None,
         macs=mean(lambda r: r.macs.after),
         macs_kept=mean(lambda r: r.macs.kept),
         macs_ratio=mean(lambda r: r.macs.ratio),
@@ -156,12 +184,22 @@ def _summary(records: Sequence[Record]) -> Summary:
         ),
         validation_drop=_validation_drop(records),
         widths=first.widths,
+        layers=first.layers,
+        keys=tuple(record.key for record in records),
     )
 
 
-def _repaired(records: Sequence[Record]) -> Estimate | None:
-    found = [r.accuracy_repaired for r in records if r.accuracy_repaired is not None]
-    return estimate(found) if len(found) == len(records) else None
+def params_left(record: Record) -> float:
+    """The parameters that are not zero: in a masked model the dense model's, times the weights left."""
+    if record.prunes != "weights" or record.weights_left is None:
+        return record.params.after
+    return record.params.before * record.weights_left
+
+
+def _where_known(values: Sequence[float | None]) -> Estimate | None:
+    """The estimate, where every trial tells."""
+    found = [value for value in values if value is not None]
+    return estimate(found) if len(found) == len(values) else None
 
 
 def _validation_drop(records: Sequence[Record]) -> float | None:

@@ -1,19 +1,20 @@
-"""The table of results, defined once: for the terminal, for Markdown and for the page."""
+"""The tables of results, defined once: for the terminal, for Markdown and for the page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from secateur.report import format as fmt
 from secateur.report.records import Record
-from secateur.report.statistics import FEW_SEEDS, Summary
+from secateur.report.statistics import FEW_SEEDS, Estimate, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Value = float | str
+NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Column:
     cell: Callable[[Summary], str]
     value: Callable[[Summary], Value]
     numeric: bool = True
+    always: bool = True  # or only where rows differ in it
+    terminal: bool = True  # which has less room
 
     @property
     def title(self) -> str:
@@ -32,23 +35,63 @@ class Column:
         return f"{self.head} ({self.unit})" if self.unit else self.head
 
 
-NOTHING = "-"
+def _known(value: Estimate | None) -> str:
+    return fmt.accuracy(value) if value else NOTHING
 
 
-def _repaired(summary: Summary) -> str:
-    return fmt.accuracy(summary.accuracy_repaired) if summary.accuracy_repaired else NOTHING
+def _mean(value: Estimate | None) -> float:
+    return value.mean if value else -1.0
 
 
 COLUMNS = (
-    Column("criterion", "", lambda s: s.method, lambda s: s.method, numeric=False),
-    Column("removed", "%", lambda s: f"{s.sparsity * 100:.0f}", lambda s: s.sparsity),
+    Column("method", "", lambda s: s.method, lambda s: s.method, numeric=False),
+    Column("scope", "", lambda s: s.scope or NOTHING, lambda s: s.scope, numeric=False, always=False, terminal=False),
+    Column(
+        "of",
+        "",
+        lambda s: NOTHING if s.unpruned else s.target,
+        lambda s: s.target,
+        numeric=False,
+        always=False,
+        terminal=False,
+    ),
+    Column("removed", "%", lambda s: fmt.share(s.sparsity), lambda s: s.sparsity),
+    Column(
+        "epochs",
+        "",
+        lambda s: NOTHING if s.epochs is None else str(s.epochs),
+        lambda s: -1 if s.epochs is None else s.epochs,
+        always=False,
+        terminal=False,
+    ),
     Column("params", "", lambda s: fmt.count(s.params), lambda s: s.params),
+    Column(
+        "weights left",
+        "%",
+        lambda s: NOTHING if s.weights_left is None else f"{s.weights_left * 100:.1f}",
+        lambda s: -1.0 if s.weights_left is None else s.weights_left,
+        always=False,
+        terminal=False,
+    ),
     Column("MACs", "", lambda s: fmt.count(s.macs), lambda s: s.macs),
     Column("MACs kept", "%", lambda s: f"{s.macs_kept * 100:.0f}", lambda s: s.macs_kept),
     Column("dense", "%", lambda s: fmt.accuracy(s.accuracy_dense), lambda s: s.accuracy_dense.mean),
-    Column("pruned", "%", lambda s: fmt.accuracy(s.accuracy_pruned), lambda s: s.accuracy_pruned.mean),
-    Column("repaired", "%", _repaired, lambda s: s.accuracy_repaired.mean if s.accuracy_repaired else -1.0),
+    Column(
+        "pruned",
+        "%",
+        lambda s: NOTHING if s.prunes == "nothing" else fmt.accuracy(s.accuracy_pruned),
+        lambda s: -1.0 if s.prunes == "nothing" else s.accuracy_pruned.mean,
+    ),
+    Column("repaired", "%", lambda s: _known(s.accuracy_repaired), lambda s: _mean(s.accuracy_repaired), always=False),
     Column("fine-tuned", "%", lambda s: fmt.accuracy(s.accuracy_finetuned), lambda s: s.accuracy_finetuned.mean),
+    Column(
+        "training",
+        "%",
+        lambda s: _known(s.train_finetuned),
+        lambda s: _mean(s.train_finetuned),
+        always=False,
+        terminal=False,
+    ),
     Column("latency", "ms", lambda s: fmt.significant(s.latency_ms), lambda s: s.latency_ms),
     Column("speed-up", "", lambda s: fmt.times(s.speedup.mean), lambda s: s.speedup.mean),
     Column(
@@ -56,40 +99,115 @@ COLUMNS = (
         "",
         lambda s: fmt.difference(s.verified_difference),
         lambda s: s.verified_difference or 0.0,
+        always=False,
     ),
 )
+
+
+def shown_columns(summaries: Sequence[Summary], *, terminal: bool = False) -> tuple[Column, ...]:
+    """The columns in which these settings have something to say."""
+    return tuple(
+        column
+        for column in COLUMNS
+        if (column.terminal or not terminal) and (column.always or _is_worth_it(column, summaries))
+    )
+
+
+def _is_worth_it(column: Column, summaries: Sequence[Summary]) -> bool:
+    """Whether an optional column is shown: a scope where the method does not tell it, a number where one is known."""
+    if column.head == "scope":
+        return len({(s.method, s.scope) for s in summaries}) > len({s.method for s in summaries})
+    pruned = [s for s in summaries if s.prunes != "nothing"] or summaries
+    if column.head in ("of", "epochs"):
+        return len({column.cell(s) for s in pruned}) > 1
+    return any(column.cell(s) != NOTHING for s in summaries)
 
 
 @dataclass(frozen=True)
 class TrialColumn:
-    """The same for single trials."""
+    """One column of the table of single trials. `kind` is how the page's script writes a value:
+
+    text, count (thousands apart), fixed (as many decimals as `decimals` says), times, exponent.
+    """
 
     head: str
-    cell: Callable[[Record], str]
-    value: Callable[[Record], Value]
-    numeric: bool = True
+    kind: str
+    value: Callable[[Record], Value | None]
+    decimals: int = 0
+    always: bool = True
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else round(100 * value, 2)
 
 
 TRIAL_COLUMNS = (
-    TrialColumn("criterion", lambda r: r.name, lambda r: r.name, numeric=False),
-    TrialColumn("removed %", lambda r: f"{r.sparsity * 100:.0f}", lambda r: r.sparsity),
-    TrialColumn("seed", lambda r: str(r.seed), lambda r: r.seed),
-    TrialColumn("dense %", lambda r: f"{r.accuracy_dense * 100:.2f}", lambda r: r.accuracy_dense),
-    TrialColumn("pruned %", lambda r: f"{r.accuracy_pruned * 100:.2f}", lambda r: r.accuracy_pruned),
-    TrialColumn(
-        "repaired %",
-        lambda r: NOTHING if r.accuracy_repaired is None else f"{r.accuracy_repaired * 100:.2f}",
-        lambda r: -1.0 if r.accuracy_repaired is None else r.accuracy_repaired,
-    ),
-    TrialColumn("fine-tuned %", lambda r: f"{r.accuracy_finetuned * 100:.2f}", lambda r: r.accuracy_finetuned),
-    TrialColumn("params", lambda r: f"{r.params.after:,}", lambda r: r.params.after),
-    TrialColumn("MACs", lambda r: f"{r.macs.after:,}", lambda r: r.macs.after),
-    TrialColumn("dense ms", lambda r: fmt.significant(r.latency_ms.before), lambda r: r.latency_ms.before),
-    TrialColumn("pruned ms", lambda r: fmt.significant(r.latency_ms.after), lambda r: r.latency_ms.after),
-    TrialColumn("speed-up", lambda r: fmt.times(r.speedup), lambda r: r.speedup),
-    TrialColumn("verified", lambda r: fmt.difference(r.verified_difference), lambda r: r.verified_difference or 0.0),
-    TrialColumn("seconds", lambda r: f"{r.seconds:.1f}", lambda r: r.seconds),
+    TrialColumn("method", "text", lambda r: r.name),
+    TrialColumn("scope", "text", lambda r: r.scope, always=False),
+    TrialColumn("removed %", "count", lambda r: round(100 * r.sparsity, 2)),
+    TrialColumn("of", "text", lambda r: r.target, always=False),
+    TrialColumn("seed", "count", lambda r: r.seed),
+    TrialColumn("epochs", "count", lambda r: r.epochs, always=False),
+    TrialColumn("dense %", "fixed", lambda r: _percent(r.accuracy_dense), 2),
+    TrialColumn("pruned %", "fixed", lambda r: None if r.prunes == "nothing" else _percent(r.accuracy_pruned), 2),
+    TrialColumn("repaired %", "fixed", lambda r: _percent(r.accuracy_repaired), 2, always=False),
+    TrialColumn("fine-tuned %", "fixed", lambda r: _percent(r.accuracy_finetuned), 2),
+    TrialColumn("validation %", "fixed", lambda r: _percent(r.validation_finetuned), 2, always=False),
+    TrialColumn("training %", "fixed", lambda r: _percent(r.train_finetuned), 2, always=False),
+    TrialColumn("params", "count", lambda r: r.params.after),
+    TrialColumn("weights left %", "fixed", lambda r: _percent(r.weights_left), 2, always=False),
+    TrialColumn("MACs", "count", lambda r: r.macs.after),
+    TrialColumn("dense ms", "fixed", lambda r: round(r.latency_ms.before, 3), 3),
+    TrialColumn("pruned ms", "fixed", lambda r: round(r.latency_ms.after, 3), 3),
+    TrialColumn("speed-up", "times", lambda r: round(r.speedup, 3)),
+    TrialColumn("verified", "exponent", lambda r: _short(r.verified_difference), always=False),
+    TrialColumn("seconds", "fixed", lambda r: round(r.seconds, 1), 1),
+    TrialColumn("trial", "text", lambda r: r.key),
 )
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.1e}")
+
+
+def trial_table(records: Sequence[Record]) -> dict[str, Any]:
+    """The single trials as the page's script wants them: column by column, each text written once."""
+    return {
+        "rows": len(records),
+        "columns": [
+            _packed(column.head, column.kind, column.decimals, values)
+            for column in TRIAL_COLUMNS
+            for values in [[column.value(record) for record in records]]
+            if column.always or len(set(values)) > 1 or (column.kind != "text" and values[0] is not None)
+        ],
+    }
+
+
+def setting_table(summaries: Sequence[Summary], marks: Sequence[str]) -> dict[str, Any]:
+    """The same for settings, where there are too many for rows of HTML; `marks` are the rows' classes."""
+    columns = []
+    for column in shown_columns(summaries):
+        cells = [column.cell(s) for s in summaries]
+        packed = _packed(column.title, "text", 0, cells)
+        if column.numeric:
+            packed |= {"kind": "said", "sorts": [_rounded(column.value(s)) for s in summaries]}
+        columns.append(packed)
+    return {"rows": len(summaries), "columns": columns, "marks": list(marks)}
+
+
+def _rounded(value: Value) -> Value:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _packed(head: str, kind: str, decimals: int, values: Sequence[Value | None]) -> dict[str, Any]:
+    found: dict[str, Any] = {"head": head, "kind": kind, "decimals": decimals}
+    if kind != "text":
+        return {**found, "values": list(values)}
+    texts: dict[Value | None, int] = {}
+    places = [texts.setdefault(value, len(texts)) for value in values]
+    if len(texts) == len(values):
+        return {**found, "texts": list(values)}
+    return {**found, "texts": list(texts), "values": places}
 
 
 def spread_note(summaries: Sequence[Summary]) -> str:
@@ -107,37 +225,52 @@ def spread_note(summaries: Sequence[Summary]) -> str:
 
 def markdown_table(summaries: Sequence[Summary]) -> str:
     """The results as a Markdown table, with a line about its ± below it; numbers are aligned right."""
+    columns = shown_columns(summaries)
     lines = [
-        "| " + " | ".join(column.title for column in COLUMNS) + " |",
-        "|" + "|".join("---:" if column.numeric else "---" for column in COLUMNS) + "|",
+        "| " + " | ".join(column.title for column in columns) + " |",
+        "|" + "|".join("---:" if column.numeric else "---" for column in columns) + "|",
     ]
-    lines += ["| " + " | ".join(_escaped(column.cell(row)) for column in COLUMNS) + " |" for row in summaries]
+    lines += ["| " + " | ".join(_escaped(column.cell(row)) for column in columns) + " |" for row in summaries]
     return "\n".join([*lines, "", spread_note(summaries) if summaries else "No results."]) + "\n"
 
 
-def terminal_table(summaries: Sequence[Summary], title: str) -> Table:
-    """The results as a rich table; a rule separates the criteria."""
+def markdown_rows(heads: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
+    """A Markdown table of plain cells; all but the first `text` columns are aligned right."""
+    rule = "|" + "|".join("---" if place < text else "---:" for place in range(len(heads))) + "|"
+    lines = ["| " + " | ".join(map(_escaped, heads)) + " |", rule]
+    return "\n".join([*lines, *("| " + " | ".join(map(_escaped, row)) + " |" for row in rows)]) + "\n"
+
+
+def plain_table(title: str, note: str) -> Table:
+    """An empty rich table in the look of all of ours."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    note = spread_note(summaries) if summaries else "No results."
-    table = Table(
+    return Table(
         title=escape(title),
-        caption=note,
+        caption=escape(note),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         title_justify="left",
         caption_justify="left",
     )
-    for column in COLUMNS:
+
+
+def terminal_table(summaries: Sequence[Summary], title: str) -> Table:
+    """The results as a rich table; a rule separates the methods."""
+    from rich.markup import escape
+
+    table = plain_table(title, spread_note(summaries) if summaries else "No results.")
+    columns = shown_columns(summaries, terminal=True)
+    for column in columns:
         head = f"{column.head}\n{column.unit}" if column.unit else column.head
         table.add_column(head.replace(" ", "\n", 1), justify="right" if column.numeric else "left", no_wrap=True)
     for row, following in zip(summaries, [*summaries[1:], None], strict=True):
         last = following is None or following.method != row.method
-        table.add_row(*(escape(column.cell(row)) for column in COLUMNS), end_section=last)
+        table.add_row(*(escape(column.cell(row)) for column in columns), end_section=last)
     return table
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    return cell.replace("|", "\\|").replace("\n", " ")

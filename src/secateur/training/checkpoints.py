@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import PlanMismatchError, TrainingError
+from secateur.errors import PlanMismatchError, StorageError, TrainingError
 from secateur.files import replacing
 from secateur.plans import check_shapes, tensor_shapes
 
@@ -24,12 +24,12 @@ def identity(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Replace the checkpoint of `run` by one that holds `state`. Raises TrainingError; the old one then survives."""
+    """Replace the checkpoint of `run` by one that holds `state`. Raises StorageError; the old one then survives."""
     try:
         with replacing(path) as file:
             torch.save({"format": FORMAT, "run": dict(run), "state": dict(state)}, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise TrainingError(
+        raise StorageError(
             f"the checkpoint {path} could not be written: {error}. The one before it, if any, is intact: "
             "make room and start the same run again to go on from there."
         ) from error

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from secateur.cli.options import Debug
+from secateur.cli.printing import box, one_line, progress, show
+from secateur.cli.study import study as study_commands
 from secateur.errors import InputError, SecateurError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from secateur.coupling.groups import Graph
-    from secateur.demo import Told
     from secateur.plans import Plan
     from secateur.pruning import Pruned
 
@@ -33,7 +32,7 @@ class Guarded(TyperGroup):
         except (SecateurError, OSError) as error:
             if ctx.find_root().obj == "debug":
                 traceback.print_exc()
-            typer.echo(_one_line(error), err=True)
+            typer.echo(one_line(error), err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("Interrupted.", err=True)
@@ -50,10 +49,7 @@ app = typer.Typer(
 )
 
 
-def _remember_debug(ctx: typer.Context, value: bool) -> bool:
-    if value:
-        ctx.find_root().obj = "debug"
-    return value
+app.add_typer(study_commands, name="study")
 
 
 def _print_version(value: bool) -> None:
@@ -64,9 +60,6 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-Debug = Annotated[
-    bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
-]
 Model = Annotated[
     str,
     typer.Argument(
@@ -99,36 +92,37 @@ def root(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for records, checkpoints and the report.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for results, dense models and the report.")] = Path("demo"),
     seeds: Annotated[
         int, typer.Option(min=1, help="How often everything is repeated, each time from fresh weights.")
     ] = 2,
     debug: Debug = False,
 ) -> None:
-    """Prune a small network on handwritten digits by four criteria, fine-tune, measure, and write a report.
+    """Run a small study on handwritten digits: prune by four criteria, fine-tune, measure, and write a report.
 
     Takes a minute or two. An interrupted run goes on where it stopped when started again.
     """
-    import torch
-
-    from secateur.demo import grid, run_demo
+    from secateur.demo import demo_study, run_demo
     from secateur.report import summarise, terminal_table
+    from secateur.study.trials import trials_of
 
-    torch.set_num_threads(1)  # the nets are small: more threads only get in each other's way
-    trials = grid(seeds)
+    study = demo_study(seeds)
+    number = len(trials_of(study))
     try:
-        with _progress(len(trials)) as told:
-            outcome = run_demo(out, trials, told)
+        with progress(number) as told:
+            outcome = run_demo(out, study, told)
     except KeyboardInterrupt:
         typer.echo(
-            f"Interrupted. Finished trials are kept in {out / 'records.jsonl'}; run the same command again to go on.",
+            f"Interrupted. Finished trials are kept in {out / 'results.db'}; run the same command again to go on.",
             err=True,
         )
         raise typer.Exit(130) from None
     if not outcome.new:
-        typer.echo(f"All {len(trials)} trials were done before: only the report was written again.", err=True)
-    _show(terminal_table(summarise(outcome.records), "digits_net on handwritten digits, test data"), least_width=128)
+        typer.echo(f"All {number} trials were done before: only the report was written again.", err=True)
+    show(terminal_table(summarise(outcome.records), "digits_net on handwritten digits, test data"), least_width=128)
     typer.echo(f"Report: {outcome.report.resolve()}")
+    if outcome.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -146,15 +140,15 @@ def inspect(
 
     net, inputs = named_model(model, seed), example_inputs(shapes, seed)
     graph = trace(net, inputs, prune_residual=prune_residual)
-    _show(_groups_table(graph, model))
+    show(_groups_table(graph, model))
     if graph.unknown:
-        _show("Ops without a rule, around which everything is locked:")
+        show("Ops without a rule, around which everything is locked:")
         for op, times in sorted(graph.unknown.items()):
-            _show(f"  {op}  {times} times")
+            show(f"  {op}  {times} times")
     free = graph.prunable
     channels = sum(group.channels for group in free)
-    _show(f"{len(free)} of {len(graph.groups)} groups can be pruned: {channels:,} channels.")
-    _show(f"{count(net, inputs)}, at input {' and '.join(shapes)}.")
+    show(f"{len(free)} of {len(graph.groups)} groups can be pruned: {channels:,} channels.")
+    show(f"{count(net, inputs)}, at input {' and '.join(shapes)}.")
 
 
 @app.command()
@@ -211,11 +205,11 @@ def prune(
         prune_residual=prune_residual,
         seed=seed,
     )
-    _show(_widths_table(pruned.plan, model))
+    show(_widths_table(pruned.plan, model))
     _show_summary(pruned)
     if out is not None:
         save(pruned, out)
-        _show(f"Saved to {out}. Load it with secateur.load({str(out)!r}, model).")
+        show(f"Saved to {out}. Load it with secateur.load({str(out)!r}, model).")
 
 
 @app.command()
@@ -241,12 +235,12 @@ def measure(
     net, inputs = named_model(model, seed), example_inputs(shapes, seed)
     small = net if artifact is None else load(artifact, net)
     if artifact is not None:
-        _show(f"dense:  {count(net, inputs)}")
-        _show(f"pruned: {count(small, inputs)}")
+        show(f"dense:  {count(net, inputs)}")
+        show(f"pruned: {count(small, inputs)}")
     else:
-        _show(str(count(net, inputs)))
+        show(str(count(net, inputs)))
     baseline = None if artifact is None else net
-    _show(str(measured(small, inputs, runtime, baseline=baseline, threads=threads, seconds=seconds)))
+    show(str(measured(small, inputs, runtime, baseline=baseline, threads=threads, seconds=seconds)))
 
 
 @app.command()
@@ -285,7 +279,7 @@ def export(
         typer.echo(
             "Note: no --artifact and no --checkpoint was given, so the weights are fresh, not trained.", err=True
         )
-    _show(str(exported(net, inputs, out, tolerance=tolerance)))
+    show(str(exported(net, inputs, out, tolerance=tolerance)))
 
 
 @app.command()
@@ -295,22 +289,15 @@ def criteria(debug: Debug = False) -> None:
 
     from secateur.catalogue import catalogue
 
-    table = Table("name", "prunes", "needs", "cost", "what is kept", "source", box=_box())
+    table = Table("name", "prunes", "needs", "cost", "what is kept", "source", box=box())
     for entry in catalogue():
         table.add_row(entry.name, entry.prunes, entry.needs, entry.cost, entry.meaning, entry.source)
-    _show(table)
+    show(table)
 
 
 def main() -> None:
     """The entry point of the `secateur` command."""
     app()
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return f"{type(error).__name__}: {error.strerror}{where}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _limit(text: str | None, option: str) -> int | float | None:
@@ -351,7 +338,7 @@ def _groups_table(graph: Graph, title: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("group", title=escape(title), title_justify="left", box=_box())
+    table = Table("group", title=escape(title), title_justify="left", box=box())
     table.add_column("channels", justify="right")
     table.add_column("layers", justify="right")
     table.add_column("locked because", ratio=1)
@@ -364,7 +351,7 @@ def _widths_table(plan: Plan, title: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("layer", title=escape(title), title_justify="left", box=_box())
+    table = Table("layer", title=escape(title), title_justify="left", box=box())
     for head in ("before", "after", "kept"):
         table.add_column(head, justify="right")
     for row in plan.widths:
@@ -375,44 +362,8 @@ def _widths_table(plan: Plan, title: str) -> Table:
 def _show_summary(pruned: Pruned) -> None:
     summary = pruned.summary
     for name, (before, after) in (("params", summary.params), ("MACs", summary.macs)):
-        _show(f"{name:<9} {before:>14,} -> {after:>14,}  ({after / before:.1%} kept)")
-    _show(f"criterion {summary.criterion}")
-    _show(
+        show(f"{name:<9} {before:>14,} -> {after:>14,}  ({after / before:.1%} kept)")
+    show(f"criterion {summary.criterion}")
+    show(
         f"verified: differs from the original with those channels zeroed by {summary.verified_difference:.1e} at most."
     )
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Told]:
-    """A bar on a terminal, plain lines elsewhere; both on standard error."""
-    if not sys.stderr.isatty():
-        yield lambda done, line: typer.echo(f"[{done:>{len(str(total))}}/{total}] {line}", err=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("training the dense model", total=total)
-        yield lambda done, line: bars.update(task, completed=done, description=line)
-
-
-def _show(what: Table | str, least_width: int = 0) -> None:
-    """Print to standard output, which is taken to be 120 characters wide where it is no terminal."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.width = max(console.width, least_width)
-    console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
-
-
-def _box() -> Any:
-    from rich.box import SIMPLE_HEAD
-
-    return SIMPLE_HEAD

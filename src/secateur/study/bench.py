@@ -1,0 +1,89 @@
+"""The bench: what every step of a trial needs, in one place; and the stages a model goes through on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.batches import default_loss
+from secateur.data import Splits
+from secateur.plans import Plan
+from secateur.recovery import distillation, equal_budget
+from secateur.study.dense import Trained, Workplace, accuracy, training_batches
+from secateur.study.results import Point, points
+from secateur.study.trials import Trial
+from secateur.training import fit
+
+
+@dataclass(eq=False)
+class Bench:
+    """What every step of a trial needs, and the curve that its trainings write."""
+
+    trial: Trial
+    place: Workplace
+    splits: Splits
+    dense: Trained
+    folder: Path
+    calibration: list[tuple[Tensor, Tensor]]
+    curve: list[Point] = field(default_factory=list)
+
+    @property
+    def example(self) -> Tensor:
+        """One validation image, as a model sees it: (1, C, H, W)."""
+        return self.images(1)
+
+    def images(self, number: int) -> Tensor:
+        """So many validation images; the first ones again where there are not as many."""
+        validation = self.splits.validation
+        return validation.normalise(validation.images[torch.arange(number) % len(validation)])
+
+    def test(self, model: nn.Module) -> float:
+        """Test accuracy."""
+        return accuracy(model, self.splits.test, self.place.device)
+
+    def train(
+        self, model: nn.Module, stage: str, epochs: int, hooks: Sequence[object] = (), own: bool = False
+    ) -> nn.Module:
+        """The model after so many epochs of fine-tuning, or with `own` those and the dense model's, by its recipe."""
+        if not epochs:
+            return model
+        trial = self.trial
+        recipe = trial.tuning.recipe(trial.seed, epochs)
+        if own:
+            recipe = equal_budget(trial.training.recipe(trial.seed), recipe)
+        loss = None
+        if trial.method.distillation is not None and not own:
+            how, task = trial.method.distillation, partial(default_loss, label_smoothing=recipe.label_smoothing)
+            teacher = self.dense.model
+            loss, recipe = (
+                distillation(teacher, how.temperature, how.weight, task),
+                replace(recipe, label_smoothing=0.0),
+            )
+        fitted = fit(
+            model,
+            training_batches(self.splits, trial.training if own else trial.tuning, trial.seed, self.place.device),
+            recipe,
+            device=self.place.device,
+            loss=loss,
+            hooks=hooks,
+            checkpoint=self.folder / f"{stage}.pt",
+            progress=False,
+        )
+        self.curve += points(stage, fitted.history)
+        return fitted.model.cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """A model on its way: straight after the last pruning, repaired, and fine-tuned."""
+
+    cut: nn.Module
+    repaired: nn.Module | None
+    tuned: nn.Module
+    plan: Plan | None = None  # from the dense model
+    difference: float | None = None  # the worst of the verifications

@@ -1,0 +1,129 @@
+"""What is written down about a finished trial: everything counted and measured on the models that were evaluated."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.measuring import count, measure
+from secateur.plans import named_tensors
+from secateur.report.provenance import environment
+from secateur.report.records import LayerWeights, LayerWidth, Pair, Record, Timing
+from secateur.study.bench import Bench, Stages
+from secateur.study.dense import Workplace, digest_of, scores_of
+from secateur.study.trials import Trial
+from secateur.weightlayers import weight_layers
+
+MEANS = {"channels": "channels", "weights": "weights", "nothing": "channels"}  # what a plain sparsity is a fraction of
+
+
+def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
+    """Evaluate, recount and time the models of a trial."""
+    trial, dense, method = bench.trial, bench.dense, bench.trial.method
+    model = stages.tuned
+    before, after = count(dense.model, bench.example), count(model, bench.example)
+    timings = tuple(_timing(bench, model, batch) for batch in trial.latency.batches)
+    last, layers = timings[-1], layer_weights(dense.model, model)
+    scores = scores_of(model, bench.splits, bench.place.device)
+    return Record(
+        key=trial.key,
+        model=trial.net.title,
+        data=trial.data.title,
+        criterion=method.criterion if isinstance(method.criterion, str) else "+".join(method.criterion),
+        scope=method.scope or "",
+        sparsity=trial.sparsity,
+        seed=trial.seed,
+        accuracy_dense=dense.scores.test,
+        accuracy_pruned=bench.test(stages.cut),
+        accuracy_repaired=None if stages.repaired is None else bench.test(stages.repaired),
+        accuracy_finetuned=scores.test,
+        params=Pair(before.params, after.params),
+        macs=Pair(before.macs, after.macs),
+        latency_ms=Pair(last.dense_ms, last.pruned_ms),
+        speedup=last.speedup,
+        latency_noise=last.noise,
+        verified_difference=stages.difference,
+        widths=tuple(LayerWidth(row.layer, row.before, row.after) for row in stages.plan.widths) if stages.plan else (),
+        seconds=seconds,
+        validation_dense=dense.scores.validation,
+        validation_finetuned=scores.validation,
+        train_dense=dense.scores.train,
+        train_finetuned=scores.train,
+        method=method.title,
+        prunes=method.prunes,
+        target=MEANS[method.prunes] if method.target == "sparsity" else method.target,
+        control=trial.control,
+        epochs=trial.epochs,
+        weights_left=sum(row.left for row in layers) / sum(row.before for row in layers),
+        layers=layers,
+        timings=timings,
+        fingerprint=fingerprint(trial, bench.place),
+    )
+
+
+def layer_weights(dense: nn.Module, model: nn.Module) -> tuple[LayerWeights, ...]:
+    """Weights of convolutions and linear maps, counted in the models themselves: those that are there and not zero."""
+    there = named_tensors(model)
+    return tuple(
+        LayerWeights(
+            layer.name,
+            named_tensors(dense)[layer.name].numel(),
+            int(there[layer.name].count_nonzero()) if layer.name in there else 0,
+        )
+        for layer in weight_layers(dense)
+    )
+
+
+def _timing(bench: Bench, model: nn.Module, batch: int) -> Timing:
+    how = bench.trial.latency
+    device, dense = torch.device(bench.place.device), bench.dense.model
+    found = measure(
+        model.to(device),
+        bench.images(batch).to(device),
+        (how.runtime,),
+        baseline=dense.to(device),
+        threads=how.threads,
+        seconds=how.seconds,
+    )[how.runtime]
+    model.cpu(), dense.cpu()
+    assert found.baseline_ms is not None and found.speedup is not None  # a baseline was passed
+    noise = (found.upper_ms - found.lower_ms) / found.median_ms
+    return Timing(batch, found.baseline_ms, found.median_ms, found.speedup, noise)
+
+
+def fingerprint(trial: Trial, place: Workplace) -> dict[str, Any]:
+    """What the numbers depend on: versions, machine, data, and the settings that all trials of a study share."""
+    return {
+        **environment(),
+        **({"commit": commit()} if commit() else {}),
+        "device": torch.cuda.get_device_name() if place.device.startswith("cuda") else place.device,
+        "data": digest_of(trial.data, trial.seed, place)
+        | {"split": f"validation {trial.data.validation:g} of train, by seed"},
+        "settings": {
+            "training": str(trial.training),
+            "fine-tuning": str(trial.tuning),
+            "calibration": f"{trial.calibration} augmented training images",
+            "latency": f"batch {', '.join(map(str, trial.latency.batches))}, {trial.latency.runtime}, "
+            f"threads {trial.latency.threads}",
+        },
+    }
+
+
+@lru_cache(maxsize=1)
+def commit() -> str:
+    """The commit of the source tree that this package runs from, `+` where it was changed; "" elsewhere."""
+    here = Path(__file__).parent
+    try:
+        ask = partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        tracked = ask(["git", "ls-files", Path(__file__).name]).stdout.strip()
+        if not tracked:
+            return ""
+        changed = "+" if ask(["git", "status", "--porcelain", "--untracked-files=no", "."]).stdout.strip() else ""
+        return ask(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip() + changed
+    except (OSError, subprocess.SubprocessError):
+        return ""

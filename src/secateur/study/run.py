@@ -1,0 +1,181 @@
+"""What one trial is, from top to bottom: prune, repair, fine-tune, evaluate in between, recount, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from secateur.coupling.groups import trace
+from secateur.criteria.wrappers import ensemble
+from secateur.files import write_bytes
+from secateur.masking import make_masks
+from secateur.masks import Masks
+from secateur.plans import named_tensors
+from secateur.pruning import prune, prune_steps
+from secateur.recovery import from_scratch, rewound
+from secateur.regularising import GammaPenalty, GroupPenalty, WeightPenalty
+from secateur.repairing import DEFAULT_STEPS, repair, repairable
+from secateur.schedules import resolve as resolve_schedule
+from secateur.study.bench import Bench, Stages
+from secateur.study.dense import Workplace, calibration_batches, fresh_net, splits_of, trained
+from secateur.study.recording import record_of
+from secateur.study.results import Result, points
+from secateur.study.trials import Trial
+from secateur.targets import Target
+
+
+def run_trial(trial: Trial, place: Workplace) -> Result:
+    """Everything that happens to one model. Killed at any moment, it loses at most the epoch in progress.
+
+    Called again it goes on where it was; once finished, it returns what it returned before.
+    """
+    start = time.perf_counter()
+    folder = place.folder / "trials" / trial.key
+    done = folder / "result.json"
+    if done.exists():
+        return Result.from_json(done.read_text(encoding="utf-8"))
+    with threads(trial.latency.threads):
+        splits = splits_of(trial.data, trial.seed, place)
+        dense = trained(trial.dense, place)
+        bench = Bench(trial, place, splits, dense, folder, calibration_batches(splits, trial.calibration, trial.seed))
+        stages = METHODS[trial.method.prunes](bench)
+        record = record_of(bench, stages, time.perf_counter() - start)
+    result = Result(record, (*points("dense", dense.history), *bench.curve))
+    write_bytes(done, result.to_json().encode())
+    return result
+
+
+# -- three ways to prune ---------------------------------------------------------------------------------------------
+
+
+def prune_channels(bench: Bench) -> Stages:
+    """Channels go, at once or step by step with training in between."""
+    trial, method = bench.trial, bench.trial.method
+    model, epochs = _penalised(bench)
+    criterion = method.criterion if isinstance(method.criterion, str) else ensemble(*method.criterion)
+    steps = prune_steps(
+        model,
+        bench.example,
+        target_of(trial),
+        criterion=criterion,
+        schedule=method.schedule,
+        steps=trial.steps,
+        data=bench.calibration,
+        scope=method.scope,
+        ignore=method.ignore,
+        round_to=method.round_to,
+        repair=(),
+        seed=trial.seed,
+    )
+    difference = 0.0
+    for step in steps:
+        difference = max(difference, step.summary.verified_difference)
+        how = _repairs(bench)
+        mended = step.model
+        if how:
+            mended = repair(
+                step.model, bench.calibration, dense=step.previous, plan=step.plan, steps=how, seed=trial.seed
+            )
+        part = _share(epochs, step.number, step.steps)
+        tuned = bench.train(mended, f"tune {step.number}", part)
+        if step.number < step.steps:
+            step.model.load_state_dict(tuned.state_dict())  # the next step goes on from there
+            continue
+        return Stages(step.model, mended if how else None, tuned, step.total, difference)
+    raise AssertionError("a schedule has at least one step")
+
+
+def mask_weights(bench: Bench) -> Stages:
+    """Weights are set to zero and held there; nothing gets smaller."""
+    trial, method = bench.trial, bench.trial.method
+    model, epochs = _penalised(bench)
+    steps = trial.steps or 1
+    due = resolve_schedule(method.schedule, trial.sparsity)
+    masks: Masks | None = None
+    for number in range(1, steps + 1):
+        masks = make_masks(
+            model,
+            str(method.criterion),
+            trial.sparsity * due(number / steps),
+            scope=method.scope,
+            pattern=method.pattern,
+            data=bench.calibration,
+            within=method.within,
+            ignore=method.ignore,
+            biases=method.biases,
+            propagate=method.propagate,
+            masks=masks,
+            seed=trial.seed,
+        )
+        cut = masks.apply(model)
+        if method.rewind == "weights":
+            initial = fresh_net(trial.net, bench.splits, trial.seed)
+            cut = rewound(model, masks, named_tensors(initial))
+        mended = repair(cut, bench.calibration, steps=("batch_norm",)) if _repairs(bench) and repairable(cut) else None
+        part = _share(epochs, number, steps)
+        model = bench.train(mended or cut, f"tune {number}", part, [masks.hook(method.hold)])
+        masks = replace(masks, values={})  # the model has them now
+    return Stages(cut, mended, model)
+
+
+def prune_nothing(bench: Bench) -> Stages:
+    """The controls: the dense model fine-tuned as long, and a narrower one trained from scratch as long."""
+    trial, epochs = bench.trial, bench.trial.epochs
+    if trial.method.criterion == "unpruned":
+        return Stages(bench.dense.model, None, bench.train(bench.dense.model, "tune 1", epochs))
+    wide = fresh_net(trial.net, bench.splits, trial.seed)
+    narrow = prune(wide, bench.example, criterion="random", target=target_of(trial), scope="layer", seed=trial.seed)
+    fresh = from_scratch(narrow.model, trial.seed)
+    tuned = bench.train(fresh, "from scratch", epochs, own=True)
+    return Stages(fresh, None, tuned, narrow.plan)
+
+
+METHODS = {"channels": prune_channels, "weights": mask_weights, "nothing": prune_nothing}
+
+
+def target_of(trial: Trial) -> Target:
+    """What a sparsity means for this method."""
+    kept = 1 - trial.sparsity
+    if trial.method.target == "macs":
+        return Target(max_macs=kept)
+    return Target(max_params=kept) if trial.method.target == "params" else Target(sparsity=trial.sparsity)
+
+
+def _penalised(bench: Bench) -> tuple[nn.Module, int]:
+    """Where pruning starts, and the epochs that are left for fine-tuning: a penalty takes its own first."""
+    penalty, model = bench.trial.method.penalty, bench.dense.model
+    if penalty is None:
+        return model, bench.trial.epochs
+    if penalty.kind == "gamma":
+        hook: object = GammaPenalty(penalty.strength)
+    elif penalty.kind == "group":
+        hook = GroupPenalty(trace(model, bench.example), penalty.strength)
+    else:
+        hook = WeightPenalty(penalty.strength, 1 if penalty.kind == "l1" else 2)
+    return bench.train(model, "penalty", penalty.epochs, [hook]), bench.trial.epochs - penalty.epochs
+
+
+def _repairs(bench: Bench) -> tuple[str, ...]:
+    asked = bench.trial.method.repair
+    return asked if isinstance(asked, tuple) else DEFAULT_STEPS if asked else ()
+
+
+def _share(epochs: int, number: int, steps: int) -> int:
+    """The epochs of step `number` of `steps`: equal parts, what is over to the last ones."""
+    return epochs * number // steps - epochs * (number - 1) // steps
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many torch threads, as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
