@@ -160,7 +160,10 @@
     return Math.max(0, box.top - window.innerHeight, -box.bottom);
   };
   let round = 0;
+  const menus = [...document.querySelectorAll("select[data-choices]")];
+  const begun = () => menus.filter((menu) => !menu.options.length).forEach(begin);
   const drawAll = () => {
+    begun();
     const mine = ++round;
     let left = charts.map((div) => [away(div), div]);
     const next = () => {
@@ -168,6 +171,7 @@
       if (!left.length) {
         page.drawn = charts.length;
         page.drawnMs = Math.round(performance.now());
+        for (const menu of menus) fill(menu);
         return;
       }
       left = left.map(([, div]) => [away(div), div]).sort((a, b) => b[0] - a[0]);
@@ -179,24 +183,40 @@
     if (!page.openedMs) page.openedMs = Math.round(performance.now());
     setTimeout(next);
   };
+  // Where the setting shown has no bars, such as widths of a masked model, the first that has some is shown.
+  const begin = (menu) => {
+    const name = menu.dataset.choices;
+    const { names, chosen: shown } = json(name.split("-")[0] + "-settings");
+    const rows = json(name + "-choices").rows;
+    const first = rows[shown].length > 1 ? shown : rows.findIndex((row) => row.length > 1);
+    if (first !== shown) chosen[name] = first;
+    make("option", names[first], menu).value = first;
+  };
   const drawnNow = () => {
     round++;
+    begun();
     for (const div of charts) if (div.data) plotly().Plots.resize(div); else draw(div);
   };
 
-  for (const menu of document.querySelectorAll("select[data-choices]")) {
-    const name = menu.dataset.choices;
-    const { names, groups, chosen: first } = json(name.split("-")[0] + "-settings");
-    const choices = json(name + "-choices");
+  // Menus of settings name one; the others, which may be thousands, come when somebody asks or has nothing to wait for.
+  const fill = (menu) => {
+    if (menu.dataset.filled) return;
+    menu.dataset.filled = "";
+    const { names, groups } = json(menu.dataset.choices.split("-")[0] + "-settings");
+    const rows = json(menu.dataset.choices + "-choices").rows;
+    const first = Number(menu.value);
     const found = new Map();
+    menu.replaceChildren();
     names.forEach((text, k) => {
-      if (choices.rows[k].length < 2) return;
+      if (rows[k].length < 2) return;
       if (!found.has(groups[k])) found.set(groups[k], make("optgroup", undefined, menu)).get(groups[k]).label = groups[k];
-      const option = make("option", text, found.get(groups[k]));
-      option.value = k;
-      option.selected = k === first;
+      make("option", text, found.get(groups[k])).value = k;
     });
-    if (choices.rows[first].length < 2) chosen[name] = Number(menu.value);
+    menu.value = first;
+  };
+  for (const menu of menus) {
+    const name = menu.dataset.choices;
+    for (const asked of ["pointerdown", "focus", "keydown"]) menu.addEventListener(asked, () => fill(menu));
     menu.addEventListener("change", () => {
       chosen[name] = Number(menu.value);
       draw(document.querySelector(`[data-figure="${name}"]`));
