@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from secateur.exporting import export
     from secateur.hub import HubMixin
     from secateur.inputs import Inputs
+    from secateur.language import perplexity
+    from secateur.layerwise import prune_layerwise, prune_layerwise_
     from secateur.masking import Gradual, ln_structured, make_masks, threshold_masks
     from secateur.masks import Masks
     from secateur.measuring.counts import count
@@ -72,7 +74,10 @@ _HOME = {
     "measure": "measuring.latency",
     "normalised": "criteria.wrappers",
     "observe": "evidence",
+    "perplexity": "language",
     "prune": "pruning",
+    "prune_layerwise": "layerwise",
+    "prune_layerwise_": "layerwise",
     "prune_steps": "pruning",
     "rebind_optimizer_": "rebinding",
     "repair": "repairing",
@@ -124,7 +129,10 @@ __all__ = [
     "measure",
     "normalised",
     "observe",
+    "perplexity",
     "prune",
+    "prune_layerwise",
+    "prune_layerwise_",
     "prune_steps",
     "rebind_optimizer_",
     "repair",

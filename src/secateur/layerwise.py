@@ -23,7 +23,7 @@ from secateur.batches import Forward, default_forward, first_tensor, move
 from secateur.errors import ArtifactError, DataError, InputError
 from secateur.files import write_bytes
 from secateur.inputs import check_model, check_weights, private_copy
-from secateur.masking import Pattern, asked_of, make_masks
+from secateur.masking import WEIGHT_METHODS, Pattern, asked_of, make_masks
 from secateur.masks import Masks
 from secateur.plans import named_tensors, tensor_shapes
 from secateur.tensorfiles import read_header, read_tensors, with_metadata
@@ -117,7 +117,7 @@ def prune_layerwise_(
     check_model(model)
     check_weights(model)
     chosen = _blocks_of(model, blocks)
-    settings = _Settings(method, sparsity, pattern, scope, within, ignore, propagate, seed)
+    settings = _Settings(method, sparsity, pattern, _scope(method, scope), within, ignore, propagate, seed)
     settings.check(next(iter(chosen.values())), data is not None)
     files = None if checkpoint is None else _Checkpoints(Path(checkpoint), settings, model)
     tell = _display(progress)
@@ -208,8 +208,16 @@ class _Settings:
             self.ignore,
             propagate=self.propagate,
         )
-        if self.scope == "global":
-            raise InputError("block by block nothing competes globally: scope is 'layer' or 'row'.")
+
+
+def _scope(method: str, scope: str | None) -> str | None:
+    """What competes: as the method's source has it, but never more than a layer."""
+    if scope == "global":
+        raise InputError("block by block nothing competes globally: scope is 'layer' or 'row'.")
+    known = WEIGHT_METHODS.get(method)
+    if scope is None and known is not None and getattr(known, "scopes", ("layer",))[0] == "global":
+        return "layer"
+    return scope
 
 
 # -- blocks and what they are called with ----------------------------------------------------------------------------

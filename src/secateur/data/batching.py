@@ -60,7 +60,7 @@ class Batches:
         return full if self.drop_last or not rest else full + 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mixed(self.seed, self.epoch))
         count = len(self.dataset)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
@@ -74,6 +74,7 @@ class Batches:
         return f"Batches({len(self)} of {self.batch_size} from {self.dataset!r}, seed {self.seed}, epoch {self.epoch})"
 
 
-def _mixed(seed: int, epoch: int) -> int:
+def mixed(seed: int, epoch: int) -> int:
+    """One seed from two."""
     # Neighbouring seeds and epochs must not share a stream: (seed 0, epoch 1) is not (seed 1, epoch 0).
     return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + 1) % 2**63

@@ -21,14 +21,16 @@ def decode_parquet(files: Mapping[str, Sequence[Path]], image: str, label: str, 
     with tempfile.TemporaryDirectory() as scratch:  # `datasets` keeps a second copy of everything it opens
         found = {}
         for part, paths in files.items():  # one by one: together, all parts would be read by the train part's classes
-            found[part] = _load(name, "parquet", data_files=[str(path) for path in paths], cache_dir=scratch)["train"]
+            found[part] = load_parts(name, "parquet", data_files=[str(path) for path in paths], cache_dir=scratch)[
+                "train"
+            ]
         return decode_parts(found, image, label, name)
 
 
 def decode_hub(repository: str, image: str, label: str, name: str) -> Decoded:
     """Download a data set of the Hugging Face Hub, or take it from the Hub's own cache, and decode it."""
     try:
-        found = _load(name, repository)
+        found = load_parts(name, repository)
     except DataError as error:
         raise DataError(
             f"{name}: no local folder was given, and {repository!r} could not be had from the Hub: {error.__cause__}. "
@@ -40,7 +42,7 @@ def decode_hub(repository: str, image: str, label: str, name: str) -> Decoded:
 def decode_folders(path: Path, size: int) -> Decoded:
     """Decode a folder of class folders, or one that holds such folders named train, val(idation), test."""
     with tempfile.TemporaryDirectory() as scratch:
-        found = _load(path.name, "imagefolder", data_dir=str(path), cache_dir=scratch)
+        found = load_parts(path.name, "imagefolder", data_dir=str(path), cache_dir=scratch)
         if len(found) == 1:
             found = {"train": next(iter(found.values()))}
         elif "train" not in found:
@@ -61,11 +63,12 @@ def decode_parts(found: Mapping[str, Any], image: str, label: str, name: str, si
     return Decoded(pairs, names)
 
 
-def _load(name: str, *args: Any, **options: Any) -> dict[str, Any]:
+def load_parts(name: str, *args: Any, **options: Any) -> dict[str, Any]:
+    """The parts of a data set by `datasets.load_dataset`. Raises DataError where it cannot be read."""
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise DataError("images need the packages datasets and pillow: pip install 'secateur[data]'.") from error
+        raise DataError("data sets need the packages datasets and pillow: pip install 'secateur[data]'.") from error
     try:
         with _quiet(datasets):
             return dict(datasets.load_dataset(*args, **options))

@@ -128,20 +128,31 @@ def load_data(
     return SOURCES[name](data_dir, seed=seed, validation=validation, cache_dir=cache_dir, **options)
 
 
-def _parquet_or_hub(
-    name: str, repository: str, label: str, data_dir: Path | str | None, cache_dir: Path | str | None
-) -> Decoded:
+def parquet_files(name: str, patterns: Mapping[str, str], data_dir: Path | str | None) -> dict[str, list[Path]] | None:
+    """The files of a data set, by part: those in the folder `name` of `data_dir` (default SECATEUR_DATA) that match.
+
+    None where no folder is given: the Hub is to be asked. Raises DataError where a part has no file.
+    """
     root = _data_folder(data_dir)
     if root is None:
-        return cached(name, ["hub", repository], lambda: decode_hub(repository, "img", label, name), cache_dir)
-    files = {part: sorted((root / name).glob(f"{part}-*.parquet")) for part in ("train", "test")}
+        return None
+    files = {part: sorted((root / name).glob(pattern)) for part, pattern in patterns.items()}
     for part, found in files.items():
         if not found:
             what = "is no such folder" if not (root / name).is_dir() else "are no such files in it"
             raise DataError(
-                f"{name}: looked for {root / name}/{part}-*.parquet, but there {what}. Pass the folder that holds "
+                f"{name}: looked for {root / name}/{patterns[part]}, but there {what}. Pass the folder that holds "
                 f"{name}/ as data_dir (--data-dir) or in SECATEUR_DATA; without either the Hub is asked."
             )
+    return files
+
+
+def _parquet_or_hub(
+    name: str, repository: str, label: str, data_dir: Path | str | None, cache_dir: Path | str | None
+) -> Decoded:
+    files = parquet_files(name, {part: f"{part}-*.parquet" for part in ("train", "test")}, data_dir)
+    if files is None:
+        return cached(name, ["hub", repository], lambda: decode_hub(repository, "img", label, name), cache_dir)
     every = [file for found in files.values() for file in found]
     return cached(name, identity_of(every), lambda: decode_parquet(files, "img", label, name), cache_dir)
 

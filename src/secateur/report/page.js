@@ -161,9 +161,7 @@
   };
   let round = 0;
   const menus = [...document.querySelectorAll("select[data-choices]")];
-  const begun = () => menus.filter((menu) => !menu.options.length).forEach(begin);
   const drawAll = () => {
-    begun();
     const mine = ++round;
     let left = charts.map((div) => [away(div), div]);
     const next = () => {
@@ -183,18 +181,8 @@
     if (!page.openedMs) page.openedMs = Math.round(performance.now());
     setTimeout(next);
   };
-  // Where the setting shown has no bars, such as widths of a masked model, the first that has some is shown.
-  const begin = (menu) => {
-    const name = menu.dataset.choices;
-    const { names, chosen: shown } = json(name.split("-")[0] + "-settings");
-    const rows = json(name + "-choices").rows;
-    const first = rows[shown].length > 1 ? shown : rows.findIndex((row) => row.length > 1);
-    if (first !== shown) chosen[name] = first;
-    make("option", names[first], menu).value = first;
-  };
   const drawnNow = () => {
     round++;
-    begun();
     for (const div of charts) if (div.data) plotly().Plots.resize(div); else draw(div);
   };
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class Chart:
     wide: bool = False
     label: str = ""  # of the menu
     choices: str = ""  # JSON
+    option: tuple[int, str] = (0, "")  # the setting shown first: its place and name
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,6 @@ def section(records: Sequence[Record], curves: Mapping[str, Curve] | None = None
                 "names": [s.name for s in summaries],
                 "groups": labels_of(summaries),
                 "hovers": [hover_text(s) for s in summaries],
-                "chosen": chosen,
             }
         ),
         rows=inline(setting_table(summaries, _marks(len(summaries), front, chosen)))
@@ -157,25 +157,29 @@ def _charts(
             _single(charts.speedup_over_macs(records, summaries)),
         ),
     ]
-    if any(s.widths for s in summaries):
+    with_widths = _first(summaries, findings.chosen, lambda s: bool(s.widths))
+    if with_widths:
         found.append(
             Chart(
                 "widths",
                 "Width of each layer",
                 "Output channels before and after, first seed.",
-                _single(layer_widths(findings.chosen)),
+                _single(layer_widths(summaries[with_widths[0]])),
                 label="Setting:",
+                option=with_widths,
                 choices=inline(width_choices(summaries)),
             )
         )
-    if any(s.layers for s in summaries):
+    with_layers = _first(summaries, findings.chosen, lambda s: bool(s.layers))
+    if with_layers:
         found.append(
             Chart(
                 "sparsity",
                 "Sparsity of each layer",
                 "Weights that are gone or zero, recounted in the evaluated model, first seed.",
-                _single(layer_sparsities(findings.chosen)),
+                _single(layer_sparsities(summaries[with_layers[0]])),
                 label="Setting:",
+                option=with_layers,
                 choices=inline({**sparsity_choices(summaries), "scale": 10}),
             )
         )
@@ -190,6 +194,13 @@ def _charts(
             )
         )
     return found
+
+
+def _first(summaries: Sequence[Summary], chosen: Summary, has: Callable[[Summary], bool]) -> tuple[int, str] | None:
+    """Place and name of the setting shown, or of the first other one that has bars; None where none has."""
+    places = [k for k, s in enumerate(summaries) if has(s)]
+    shown = [k for k in places if summaries[k] is chosen] or places
+    return (shown[0], summaries[shown[0]].name) if shown else None
 
 
 def _single(figure: Figure) -> dict[str, str]:

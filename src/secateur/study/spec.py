@@ -260,7 +260,7 @@ class Reference(Table):
 class Study(Table):
     """models x data x methods x sparsities x seeds, with one recipe for training and one for fine-tuning."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="identifies the study in a store")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100, description="identifies the study in a store")
     title: str = Field("", description="headline of the report")
     description: str = Field("", description="what is asked, in a sentence or two")
     models: tuple[Annotated[Net, BeforeValidator(_named)], ...] = Field(min_length=1, description="networks")

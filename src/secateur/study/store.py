@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,6 +21,8 @@ from secateur.study.results import Point, Result
 
 SCHEMA = 1
 BUSY_SECONDS = 60  # how long to wait for another process that writes to the same SQLite file
+_MAKING = 0x5EC47E  # the lock under which PostgreSQL makes the tables: any number that others do not use
+_ABSENT = "there is no store {}: run the study first, or pass its --store."
 
 _tables = sa.MetaData()
 _meta = sa.Table(
@@ -70,16 +73,16 @@ class Store:
         InputError for a URL that cannot be used, ArtifactError for a store of another version or that is no store.
         """
         self.url = _as_url(url)
-        if self.url.drivername.startswith("sqlite") and self.url.database:
-            file = Path(self.url.database)
-            if not create and not file.exists():
-                raise ArtifactError(f"there is no store {file}: run the study first, or pass its --store.")
-            file.parent.mkdir(parents=True, exist_ok=True)
+        file = self.url.database
+        if self.url.drivername.startswith("sqlite") and file and not file.startswith("file:"):  # a URI of SQLite's own
+            if not create and not Path(file).exists():
+                raise ArtifactError(_ABSENT.format(file))
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
         try:
             self._engine = sa.create_engine(self.url, **_options(self.url))
         except (ModuleNotFoundError, NoSuchModuleError) as error:
             raise InputError(f"{self}: {error}. Supported: sqlite, and postgresql with secateur[study].") from error
-        self._prepare()
+        self._prepare(create)
 
     def __str__(self) -> str:
         return self.url.render_as_string(hide_password=True)
@@ -96,7 +99,8 @@ class Store:
 
     def add_failure(self, study: str, failure: Failure, seconds: float = 0.0) -> bool:
         """Store that a trial failed; False where it is there already."""
-        return self._insert(study, failure.key, seconds, None, failure.error, ())
+        text = failure.error.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")  # what databases take
+        return self._insert(study, failure.key, seconds, None, text, ())
 
     def forget_failures(self, study: str) -> int:
         """Remove the failed trials, so that they are missing again; how many there were."""
@@ -136,32 +140,47 @@ class Store:
     ) -> bool:
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         values = {"study": study, "key": key, "finished": now, "seconds": seconds, "record": record, "error": error}
-        kind = postgresql if self._engine.dialect.name == "postgresql" else sqlite
+        new = self._kind.insert(_trials).values(values).on_conflict_do_nothing().returning(_trials.c.key)
         with self._connected() as link:
-            if not link.execute(kind.insert(_trials).values(values).on_conflict_do_nothing()).rowcount:
+            if link.scalar(new) is None:
                 return False
             points = [{"study": study, "key": key, "number": n, **p._asdict()} for n, p in enumerate(curve)]
             if points:
                 link.execute(sa.insert(_curves), points)
             return True
 
-    def _prepare(self) -> None:
+    @property
+    def _kind(self) -> ModuleType:
+        """The statements that only this database has."""
+        return postgresql if self._engine.dialect.name == "postgresql" else sqlite
+
+    def _prepare(self, create: bool) -> None:
         with self._connected() as link:
-            existing = sa.inspect(link).get_table_names()
-            if _meta.name in existing:
-                version = link.scalar(sa.select(_meta.c.value).where(_meta.c.name == "schema"))
-                if version != str(SCHEMA):
-                    raise ArtifactError(
-                        f"{self} is a store of schema {version}, this version of Secateur reads schema {SCHEMA}: "
-                        "use the version that wrote it, or another store."
-                    )
+            if self._is_there(link):
                 return
-            if self.url.drivername.startswith("sqlite") and existing:
-                raise ArtifactError(f"{self} is a database of something else (tables {', '.join(existing[:3])}).")
-            _tables.create_all(link, checkfirst=True)
-            kind = postgresql if self._engine.dialect.name == "postgresql" else sqlite
-            version_row = kind.insert(_meta).values(name="schema", value=str(SCHEMA))
-            link.execute(version_row.on_conflict_do_nothing())
+        if not create:
+            raise ArtifactError(_ABSENT.format(self))
+        alone = "BEGIN IMMEDIATE" if self._kind is sqlite else f"SELECT pg_advisory_xact_lock({_MAKING})"
+        with self._connected() as link:
+            link.exec_driver_sql(alone)  # of several processes that find no store, one makes it
+            if not self._is_there(link):
+                _tables.create_all(link)
+                link.execute(sa.insert(_meta).values(name="schema", value=str(SCHEMA)))
+
+    def _is_there(self, link: sa.Connection) -> bool:
+        """Whether there is a store. Raises ArtifactError where there is one of another schema, or something else."""
+        existing = sa.inspect(link).get_table_names()
+        if _meta.name in existing:
+            version = link.scalar(sa.select(_meta.c.value).where(_meta.c.name == "schema"))
+            if version != str(SCHEMA):
+                raise ArtifactError(
+                    f"{self} is a store of schema {version}, this version of Secateur reads schema {SCHEMA}: "
+                    "use the version that wrote it, or another store."
+                )
+            return True
+        if self._kind is sqlite and existing:
+            raise ArtifactError(f"{self} is a database of something else (tables {', '.join(existing[:3])}).")
+        return False
 
     @contextmanager
     def _connected(self) -> Iterator[sa.Connection]:
@@ -179,11 +198,13 @@ class Store:
 
 
 def _as_url(text: str) -> sa.URL:
+    if not text:
+        raise InputError("the store has no name: write sqlite:///file.db, postgresql://... or the path of a file.")
     if "://" not in text:
         return sa.URL.create("sqlite", database=text)
     try:
         url = sa.make_url(text)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise InputError(f"{text!r} is no URL of a database: write sqlite:///file.db or postgresql://...") from error
     if url.drivername in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")

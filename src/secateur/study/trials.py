@@ -14,6 +14,7 @@ from secateur.study.spec import DataSet, Latency, Method, Net, Study, Table, Tra
 MAGNITUDE = {"channels": "l2", "weights": "magnitude"}
 BY_SIZE = {"channels": {"l1", "l2"}, "weights": {"magnitude"}}
 DEFAULT_STEPS = 4  # prunings on the way, where a schedule but no number of them is given
+_WORD = 48  # characters of a key's words: it is a file name, too
 _LABELS = {"net": {"label", "stands_for"}, "method": {"label", "sparsities"}}
 
 
@@ -162,4 +163,4 @@ def _key(words: list[str], settings: Table) -> str:
     values = settings.model_dump(mode="json", exclude_defaults=True, exclude=_LABELS)
     values.pop("control", None)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
-    return "-".join([*(re.sub(r"[^A-Za-z0-9.+_]+", "_", word) for word in words), digest])
+    return "-".join([*(re.sub(r"[^A-Za-z0-9.+_]+", "_", word)[:_WORD] for word in words), digest])

@@ -1,0 +1,127 @@
+"""Language models: text classifiers of `transformers` by name, checked against their tokenizer; perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur.batches import logits_of
+from secateur.errors import DataError, InputError
+from secateur.inputs import evaluating
+
+
+def text_classifier(name: Path | str, classes: Sequence[str], *, max_length: int = 128) -> tuple[nn.Module, Any]:
+    """A sequence classifier of `transformers` and its tokenizer, by hub name or folder; safetensors only.
+
+    A new head is drawn from torch's global generator where the weights bring none for these classes. Raises InputError
+    for a folder that holds no such model, a decoder-only model, and what `check_tokenizer` raises.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    options: dict[str, Any] = {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        _refuse_decoder(config)
+        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(name)!r} is no text classifier that can be loaded: {_first_line(error)}") from error
+    check_tokenizer(model, tokenizer, max_length)
+    return model.eval(), tokenizer
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Any, max_length: int) -> None:
+    """Raise InputError where the model has no embedding for a token or a position that the tokenizer may give."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    size, known = embeddings.weight.shape[0], len(tokenizer)
+    if known > size:
+        raise InputError(
+            f"the tokenizer has {known:,} tokens, the model embeds {size:,}: they do not belong together. Load both "
+            "from the same place, or call model.resize_token_embeddings(len(tokenizer)) before training."
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and max_length > positions:
+        raise InputError(
+            f"max_length={max_length} exceeds the model's {positions} positions: pass max_length={positions} or less."
+        )
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How surprised a model is by a text, and how that was measured."""
+
+    value: float  # exp(loss)
+    loss: float  # mean negative log-likelihood per predicted token, nats
+    tokens: int  # predicted
+    length: int  # of a window
+    stride: int  # by which windows move on; tokens are predicted once, from at least length - stride before them
+
+    def __str__(self) -> str:
+        return f"perplexity {self.value:.3f} ({self.tokens:,} tokens, windows of {self.length}, stride {self.stride})"
+
+
+def perplexity(model: nn.Module, tokens: Tensor, *, length: int, stride: int | None = None) -> Perplexity:
+    """Strided perplexity of a causal language model on one long text.
+
+    Windows of `length` tokens move on by `stride` (default: `length`, no overlap); in each, only tokens that no earlier
+    window has predicted count, so that all but the first window's have at least length - stride tokens of context. A
+    window's own first token is not predicted in it: without overlap one token per window is left out. The model is run
+    in eval mode without gradients, one window at a time, on the device it is on.
+
+    Args:
+        model: (1, n) token ids -> logits (1, n, vocabulary), or an output that carries them.
+        tokens: (n,) token ids.
+        length, stride: in tokens; stride at most length.
+
+    Raises DataError for a text shorter than one window, InputError for other settings out of range.
+    """
+    step = length if stride is None else stride
+    if not (isinstance(length, int) and isinstance(step, int) and 0 < step <= length and length > 1):
+        raise InputError(f"length is at least 2 and stride in [1, length]; got length={length!r}, stride={stride!r}.")
+    if tokens.dim() != 1 or tokens.is_floating_point():
+        raise InputError(f"tokens is one sequence of token ids, (n,); got {list(tokens.shape)} {tokens.dtype}.")
+    if len(tokens) < length:
+        raise DataError(f"the text has {len(tokens):,} tokens, fewer than one window of {length:,}: use a longer text.")
+    device = next(model.parameters()).device
+    total, count, seen = 0.0, 0, 0
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(tokens), step):
+            window = tokens[start : start + length].long().to(device)
+            end = start + len(window)
+            fresh = min(end - seen, len(window) - 1)  # a window's first token has no context in it
+            if fresh > 0:
+                logits = logits_of(model(window[None]))
+                if logits is None:
+                    raise InputError("the model's output has no logits: pass a causal language model.")
+                predicted = logits[0, -fresh - 1 : -1].float()
+                total += float(F.cross_entropy(predicted, window[-fresh:], reduction="sum"))
+                count += fresh
+            seen = end
+            if end == len(tokens):
+                break
+    loss = total / count
+    return Perplexity(math.exp(min(loss, 700.0)), loss, count, length, step)
+
+
+def _refuse_decoder(config: Any) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(config)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise InputError(
+            f"{config.model_type} is a decoder-only language model, which sees each word without those after it: for "
+            "classification choose an encoder such as BERT; to prune the language model use prune_layerwise."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
