@@ -85,12 +85,28 @@ def test_the_guide_to_methods_runs_as_shown(tmp_path: Path, monkeypatch: pytest.
         assert f"`{name}`" in guide
 
 
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs secateur[hf]")
+def test_a_language_model_is_pruned_block_by_block_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_torchvision()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 50}
+    names: dict[str, Any] = {"sc": sc, "language_model": GPT2LMHeadModel(GPT2Config(**shape))}
+    names |= {"batches_of_tokens": [torch.randint(50, (4, 24))], "held_out_tokens": torch.randint(50, (300,))}
+    exec(compile(blocks("python")[4], "README.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("perplexity ")
+    assert names["result"].masks.sparsity == 0.5 and len(list((tmp_path / "blocks").iterdir())) == 2
+
+
 @pytest.mark.skipif(not find_spec("transformers") or not find_spec("onnxruntime"), reason="needs secateur[hf,onnx]")
 def test_a_transformer_is_pruned_saved_and_exported_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     load_torchvision()  # transformers imports it, and a build of torch for CPUs alone lacks its operators
     names: dict[str, Any] = {"sc": sc, "torch": torch}
-    exec(compile(blocks("python")[4], "README.md", "exec"), names)
+    exec(compile(blocks("python")[5], "README.md", "exec"), names)
     plan, attention = names["pruned"].plan, names["small"].bert.encoder.layer[0].attention.self
     assert attention.query.weight.shape == (32, 32)  # half of the heads, half of the residual stream
     assert plan.params[1] == sum(parameter.numel() for parameter in names["small"].parameters())
