@@ -17,7 +17,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types contract slow fuzz results coupling clean
+.PHONY: help demo test check format lint types contract slow fuzz results coupling studies clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -57,6 +57,13 @@ results: $(VENV)/.stamp-dev  ## Train and prune ResNet-20 on CIFAR-10, then writ
 coupling: $(VENV)/.stamp-dev  ## Prune every architecture of the zoo with Secateur and with Torch-Pruning, side by side
 	$(BIN)/python benchmarks/coupling.py $(ARGS)
 	$(BIN)/python benchmarks/write_results.py
+
+studies: $(VENV)/.stamp-dev  ## Run the source documents' studies at the scale of a CPU, and write their reports to docs/studies/
+	for name in s1 s2 s3 s4 s5; do \
+		$(BIN)/secateur study run studies/$$name.toml --profile cpu $(ARGS) && \
+		$(BIN)/secateur study report studies/$$name.toml --profile cpu --figures --out docs/studies/$$name && \
+		$(BIN)/secateur study rows studies/$$name.toml --profile cpu > docs/studies/$$name/rows.csv || exit 1; \
+	done
 
 clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) demo runs build htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -19,6 +19,7 @@ from coupling_tables import headline_lines, protocol_line
 from exports import section_lines
 from method_tables import section_lines as method_lines
 from observing import section_lines as observing_lines
+from report_size import section_lines as report_lines
 from scaling import section_lines as scaling_lines
 
 HERE = Path(__file__).resolve().parent
@@ -183,6 +184,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "exports": exports,
     "observing": lambda results, file: "\n".join(observing_lines(results, file)),
     "methods": lambda results, file: "\n".join(method_lines(results, file)),
+    "report_size": lambda results, file: "\n".join(report_lines(results, file)),
     "scaling": scaling,
 }
 

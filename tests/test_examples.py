@@ -92,3 +92,17 @@ def test_the_hugging_face_example_takes_a_model_of_ones_own(tmp_path: Path, caps
     module.main(["--model", str(tmp_path / "own"), "--epochs", "0", "--out", str(tmp_path / "small")])
     assert "bit for bit" in capsys.readouterr().out
     assert (tmp_path / "small" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not (find_spec("transformers") and find_spec("accelerate")), reason="needs secateur[trainer]")
+def test_weights_go_along_a_schedule_in_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    example("in_the_trainer").main()
+    zero, accuracy = map(float, re.findall(r"([\d.]+)%", capsys.readouterr().out))
+    assert zero == pytest.approx(80, abs=0.5) and accuracy > 90
+
+
+@pytest.mark.skipif(not (find_spec("lightning") and find_spec("sklearn")), reason="needs secateur[lightning,data]")
+def test_masks_hold_in_lightning(capsys: pytest.CaptureFixture[str]) -> None:
+    example("in_lightning").main()
+    dense, masked, tuned, zero = map(float, re.findall(r"([\d.]+)%", capsys.readouterr().out))
+    assert zero == pytest.approx(80, abs=0.5) and dense > 90 and tuned > max(masked, 90)

@@ -447,6 +447,7 @@ def test_a_click_on_a_heading_sorts_the_table_and_the_menu_changes_the_widths(tm
       const shown = pareto.data.find((trace) => trace.meta === "trials");
       document.body.dataset.hover = shown.customdata[0];
       const menu = document.querySelector("select[data-choices]");
+      menu.dispatchEvent(new Event("focus"));
       menu.value = "1";
       menu.dispatchEvent(new Event("change"));
       document.body.dataset.widths = document.querySelector('[data-figure="s1-widths"]').data[1].y.join();

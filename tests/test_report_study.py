@@ -563,6 +563,7 @@ def test_menus_change_the_overview_and_the_layers(tmp_path):
       panels.dispatchEvent(new Event("change"));
       told.then = visible();
       const menu = document.querySelector('[data-choices="s1-sparsity"]');
+      menu.dispatchEvent(new Event("focus"));
       menu.value = "1";
       menu.dispatchEvent(new Event("change"));
       told.bars = document.querySelector('[data-figure="s1-sparsity"]').data[0].y.join();

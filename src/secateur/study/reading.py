@@ -160,8 +160,9 @@ def write_reports(results: Results, store: Store, folder: Path, out: Path, *, fi
     from secateur.report import write_figures, write_markdown, write_report
 
     study = results.study
-    if not results.rows:
-        raise InputError(f"no finished trial of {study.name!r} in {store}: run it first.")
+    if not results.records:
+        failed = f" ({len(results.failures)} failed: see `secateur study status`)" if results.failures else ""
+        raise InputError(f"no trial of {study.name!r} in {store} that could be reported{failed}: run it first.")
     references = references_of(study, folder)
     notes = study.reference.notes if study.reference else ()
     title = study.title or study.name

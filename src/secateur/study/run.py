@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.coupling.groups import trace
 from secateur.criteria.wrappers import ensemble
+from secateur.errors import ArtifactError
 from secateur.files import write_bytes
 from secateur.masking import make_masks
 from secateur.masks import Masks
@@ -37,7 +38,7 @@ def run_trial(trial: Trial, place: Workplace) -> Result:
     start = time.perf_counter()
     folder = place.folder / "trials" / trial.key
     done = folder / "result.json"
-    if done.exists():
+    with suppress(FileNotFoundError, UnicodeDecodeError, ArtifactError):  # a damaged file is made anew
         return Result.from_json(done.read_text(encoding="utf-8"))
     with threads(trial.latency.threads):
         splits = splits_of(trial.data, trial.seed, place)

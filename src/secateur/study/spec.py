@@ -185,6 +185,7 @@ class Method(Table):
         from secateur.masking import WEIGHT_METHODS
         from secateur.repairing import STEPS
         from secateur.schedules import NAMES
+        from secateur.selection import SCOPES
 
         tables: dict[str, Collection[str]] = {
             "channels": CRITERIA,
@@ -197,6 +198,9 @@ class Method(Table):
                 raise UnknownNameError(f"criterion for {self.prunes}", name, tables[self.prunes])
         if self.prunes != "channels" and len(names) > 1:
             raise InputError("several criteria together are for channels.")
+        scopes = getattr(WEIGHT_METHODS[names[0]], "scopes", ()) if self.prunes == "weights" else SCOPES
+        if self.scope is not None and self.scope not in scopes:
+            raise UnknownNameError(f"scope for {names[0]}", self.scope, scopes)
         if self.schedule not in NAMES:
             raise UnknownNameError("schedule", self.schedule, NAMES)
         for step in self.repair if isinstance(self.repair, tuple) else ():
@@ -339,7 +343,10 @@ def parse(fields: Mapping[str, Any], where: str) -> Study:
     try:
         return Study.model_validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
-        lines = dict.fromkeys(_line(problem) for problem in error.errors())
+        problems = error.errors()
+        inner = {problem["loc"][:place] for problem in problems for place in range(len(problem["loc"]))}
+        # A list of which every item is wrong would also be called too short.
+        lines = dict.fromkeys(_line(p) for p in problems if p["type"] != "too_short" or p["loc"] not in inner)
         raise InputError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
     except TypeError as error:
         raise InputError(f"{where}: {error}; a study holds no dates.") from error
