@@ -23,20 +23,30 @@ def text_classifier(name: Path | str, classes: Sequence[str], *, max_length: int
     A new head is drawn from torch's global generator where the weights bring none for these classes. Raises InputError
     for a folder that holds no such model, a decoder-only model, and what `check_tokenizer` raises.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     options: dict[str, Any] = {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
     try:
         config = AutoConfig.from_pretrained(name, **options)
         _refuse_decoder(config)
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(name)!r} is no text classifier that can be loaded: {_first_line(error)}") from error
+    tokenizer = text_tokenizer(name)
     check_tokenizer(model, tokenizer, max_length)
     return model.eval(), tokenizer
+
+
+def text_tokenizer(name: Path | str) -> Any:
+    """The tokenizer of a model of `transformers`, by hub name or folder. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(name)!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Any, max_length: int) -> None:

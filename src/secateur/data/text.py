@@ -197,10 +197,15 @@ def wordpiece(texts: Iterable[str], size: int = 8000) -> Any:
     Source: Wu 2016, arXiv 1609.08144; Devlin 2019, arXiv 1810.04805.
     """
     from tokenizers import BertWordPieceTokenizer
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     trained = BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator(texts, vocab_size=size, show_progress=False)
+    ends = {token: trained.token_to_id(token) for token in ("[CLS]", "[SEP]")}
+    trained.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(ends.items())
+    )
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=trained._tokenizer, **{f"{part}_token": token for part, token in names.items()}

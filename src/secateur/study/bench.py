@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.batches import default_loss
-from secateur.data import Splits
 from secateur.plans import Plan
 from secateur.recovery import distillation, equal_budget
-from secateur.study.dense import Trained, Workplace, accuracy, training_batches
+from secateur.study.dense import Trained, Workplace, accuracy
 from secateur.study.results import Point, points
+from secateur.study.tasks import Task
 from secateur.study.trials import Trial
 from secateur.training import fit
 
@@ -26,25 +26,24 @@ class Bench:
 
     trial: Trial
     place: Workplace
-    splits: Splits
+    task: Task
     dense: Trained
     folder: Path
-    calibration: list[tuple[Tensor, Tensor]]
+    calibration: list[Any]
     curve: list[Point] = field(default_factory=list)
 
     @property
-    def example(self) -> Tensor:
-        """One validation image, as a model sees it: (1, C, H, W)."""
-        return self.images(1)
+    def example(self) -> Any:
+        """Inputs for a network: one validation sample."""
+        return self.inputs(1)
 
-    def images(self, number: int) -> Tensor:
-        """So many validation images; the first ones again where there are not as many."""
-        validation = self.splits.validation
-        return validation.normalise(validation.images[torch.arange(number) % len(validation)])
+    def inputs(self, samples: int) -> Any:
+        """Inputs for a network: so many validation samples."""
+        return self.task.example(samples, self.trial.latency.length)
 
     def test(self, model: nn.Module) -> float:
         """Test accuracy."""
-        return accuracy(model, self.splits.test, self.place.device)
+        return accuracy(model, self.task, "test", self.place.device)
 
     def train(
         self, model: nn.Module, stage: str, epochs: int, hooks: Sequence[object] = (), own: bool = False
@@ -66,7 +65,7 @@ class Bench:
             )
         fitted = fit(
             model,
-            training_batches(self.splits, trial.training if own else trial.tuning, trial.seed, self.place.device),
+            self.task.training(trial.training if own else trial.tuning, trial.seed, self.place.device),
             recipe,
             device=self.place.device,
             loss=loss,

@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from secateur.batches import default_loss
+from secateur.batches import default_forward, default_loss, move, size_of
 from secateur.measuring import count
-from secateur.study.dense import TRAIN_IMAGES, Workplace, fresh_net, splits_of, training_batches
+from secateur.study.dense import Workplace
 from secateur.study.spec import Training
+from secateur.study.tasks import TRAIN_SAMPLES, Task
 from secateur.study.trials import Dense, Trial
 
 BACKWARD = 3  # a training step costs about three forward passes (Griewank and Walther 2008: gradients cost two to four)
+
+TYPICAL_LENGTH = 32  # tokens of a sentence, of text
 
 
 @dataclass(frozen=True)
@@ -63,34 +67,36 @@ def _rate(
 
 def _timed_rate(dense: Dense, place: Workplace) -> float:
     """By one training step of the dense model."""
-    splits, training = splits_of(dense.data, dense.seed, place), dense.training
-    model = fresh_net(dense.net, splits, dense.seed).to(place.device).train()
-    x, y = next(iter(training_batches(splits, training, dense.seed)))
-    one, x, y = count(model.cpu(), x[:1]).macs, x.to(place.device), y.to(place.device)
+    task, training = place.task(dense), dense.training
+    model = task.fresh(dense.net, dense.seed)
+    one = _macs_of_one(model, task)
+    batch = move(next(iter(task.training(training, dense.seed))), place.device)
     layout = torch.channels_last if training.channels_last else torch.preserve_format
-    model.to(place.device, memory_format=layout)  # type: ignore[call-overload]
-    x = x.contiguous(memory_format=layout) if training.channels_last else x
+    model.train().to(place.device, memory_format=layout)  # type: ignore[call-overload]
     seconds = float("inf")
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=training.bf16):
-            loss = default_loss(model(x), (x, y))
+        with torch.autocast(torch.device(place.device).type, torch.bfloat16, enabled=training.bf16):
+            loss = default_loss(default_forward(model, batch), batch)
         loss.backward()  # type: ignore[no-untyped-call]
         float(loss.detach())  # waits for the device
         seconds = min(seconds, time.perf_counter() - start)
-    return seconds / (BACKWARD * one * len(x))
+    return seconds / (BACKWARD * one * size_of(batch))
+
+
+def _macs_of_one(model: nn.Module, task: Task) -> int:
+    return count(model.eval(), task.example(1, TYPICAL_LENGTH)).macs
 
 
 def _macs(dense: Dense, place: Workplace, trained: Sequence[tuple[Training, int]]) -> float:
     """Of trainings, (recipe, epochs) each, and of the evaluations."""
-    splits = splits_of(dense.data, dense.seed, place)
-    model = fresh_net(dense.net, splits, dense.seed).eval()
-    one = count(model, splits.train.normalise(splits.train.images[:1])).macs
-    images = len(splits.validation) + 3 * len(splits.test) + min(TRAIN_IMAGES, len(splits.train))
+    task = place.task(dense)
+    one, sizes = _macs_of_one(task.fresh(dense.net, dense.seed), task), task.sizes
+    samples = sizes["validation"] + 3 * sizes["test"] + min(TRAIN_SAMPLES, sizes["train"])
     for training, epochs in trained:
-        whole = min(len(splits.train), len(training_batches(splits, training, 0)) * training.batch_size)
-        images += BACKWARD * epochs * whole
-    return float(one) * images
+        whole = min(sizes["train"], len(task.training(training, 0)) * training.batch_size)
+        samples += BACKWARD * epochs * whole
+    return float(one) * samples
 
 
 def _trainings(trial: Trial) -> list[tuple[Training, int]]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.batches import move
 from secateur.measuring import count, measure
 from secateur.plans import named_tensors
 from secateur.report.provenance import environment
 from secateur.report.records import LayerWeights, LayerWidth, Pair, Record, Timing
 from secateur.study.bench import Bench, Stages
-from secateur.study.dense import Workplace, digest_of, scores_of
-from secateur.study.trials import Trial
+from secateur.study.dense import scores_of
 from secateur.weightlayers import weight_layers
 
 MEANS = {"channels": "channels", "weights": "weights", "nothing": "channels"}  # what a plain sparsity is a fraction of
@@ -29,7 +29,7 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
     before, after = count(dense.model, bench.example), count(model, bench.example)
     timings = tuple(_timing(bench, model, batch) for batch in trial.latency.batches)
     last, layers = timings[-1], layer_weights(dense.model, model)
-    scores = scores_of(model, bench.splits, bench.place.device)
+    scores = scores_of(model, bench.task, bench.place.device)
     return Record(
         key=trial.key,
         model=trial.net.title,
@@ -62,7 +62,7 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
         weights_left=sum(row.left for row in layers) / sum(row.before for row in layers),
         layers=layers,
         timings=timings,
-        fingerprint=fingerprint(trial, bench.place),
+        fingerprint=fingerprint(bench),
     )
 
 
@@ -84,7 +84,7 @@ def _timing(bench: Bench, model: nn.Module, batch: int) -> Timing:
     device, dense = torch.device(bench.place.device), bench.dense.model
     found = measure(
         model.to(device),
-        bench.images(batch).to(device),
+        move(bench.inputs(batch), device),
         (how.runtime,),
         baseline=dense.to(device),
         threads=how.threads,
@@ -96,20 +96,23 @@ def _timing(bench: Bench, model: nn.Module, batch: int) -> Timing:
     return Timing(batch, found.baseline_ms, found.median_ms, found.speedup, noise)
 
 
-def fingerprint(trial: Trial, place: Workplace) -> dict[str, Any]:
+def fingerprint(bench: Bench) -> dict[str, Any]:
     """What the numbers depend on: versions, machine, data, and the settings that all trials of a study share."""
+    trial, place, latency = bench.trial, bench.place, bench.trial.latency
     return {
         **environment(),
         **({"commit": commit()} if commit() else {}),
         "device": torch.cuda.get_device_name() if place.device.startswith("cuda") else place.device,
-        "data": digest_of(trial.data, trial.seed, place)
-        | {"split": f"validation {trial.data.validation:g} of train, by seed"},
+        "data": {
+            **bench.task.sizes,
+            "sha256": bench.task.digest,
+            "split": f"validation {trial.data.validation:g} of train, by seed",
+        },
         "settings": {
             "training": str(trial.training),
             "fine-tuning": str(trial.tuning),
-            "calibration": f"{trial.calibration} augmented training images",
-            "latency": f"batch {', '.join(map(str, trial.latency.batches))}, {trial.latency.runtime}, "
-            f"threads {trial.latency.threads}",
+            "calibration": f"{trial.calibration} training samples",
+            "latency": f"batch {', '.join(map(str, latency.batches))}, {latency.runtime}, threads {latency.threads}",
         },
     }
 

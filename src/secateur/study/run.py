@@ -23,7 +23,7 @@ from secateur.regularising import GammaPenalty, GroupPenalty, WeightPenalty
 from secateur.repairing import DEFAULT_STEPS, repair, repairable
 from secateur.schedules import resolve as resolve_schedule
 from secateur.study.bench import Bench, Stages
-from secateur.study.dense import Workplace, calibration_batches, fresh_net, splits_of, trained
+from secateur.study.dense import Workplace, trained
 from secateur.study.recording import record_of
 from secateur.study.results import Result, points
 from secateur.study.trials import Trial
@@ -41,9 +41,8 @@ def run_trial(trial: Trial, place: Workplace) -> Result:
     with suppress(FileNotFoundError, UnicodeDecodeError, ArtifactError):  # a damaged file is made anew
         return Result.from_json(done.read_text(encoding="utf-8"))
     with threads(trial.latency.threads):
-        splits = splits_of(trial.data, trial.seed, place)
-        dense = trained(trial.dense, place)
-        bench = Bench(trial, place, splits, dense, folder, calibration_batches(splits, trial.calibration, trial.seed))
+        task, dense = place.task(trial.dense), trained(trial.dense, place)
+        bench = Bench(trial, place, task, dense, folder, task.calibration(trial.calibration, trial.seed))
         stages = METHODS[trial.method.prunes](bench)
         record = record_of(bench, stages, time.perf_counter() - start)
     result = Result(record, (*points("dense", dense.history), *bench.curve))
@@ -115,7 +114,7 @@ def mask_weights(bench: Bench) -> Stages:
         )
         cut = masks.apply(model)
         if method.rewind == "weights":
-            initial = fresh_net(trial.net, bench.splits, trial.seed)
+            initial = bench.task.fresh(trial.net, trial.seed)
             cut = rewound(model, masks, named_tensors(initial))
         mended = repair(cut, bench.calibration, steps=("batch_norm",)) if _repairs(bench) and repairable(cut) else None
         part = _share(epochs, number, steps)
@@ -129,7 +128,7 @@ def prune_nothing(bench: Bench) -> Stages:
     trial, epochs = bench.trial, bench.trial.epochs
     if trial.method.criterion == "unpruned":
         return Stages(bench.dense.model, None, bench.train(bench.dense.model, "tune 1", epochs))
-    wide = fresh_net(trial.net, bench.splits, trial.seed)
+    wide = bench.task.fresh(trial.net, trial.seed)
     narrow = prune(wide, bench.example, criterion="random", target=target_of(trial), scope="layer", seed=trial.seed)
     fresh = from_scratch(narrow.model, trial.seed)
     tuned = bench.train(fresh, "from scratch", epochs, own=True)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from secateur.errors import InputError, UnknownNameError
 from secateur.training.recipes import Recipe
 
+TEXTS = ("sst2",)  # data sets of sentences
 Option = bool | int | float | str
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,7 +35,8 @@ class Net(Table):
     """A network; a plain string is its name."""
 
     name: str = Field(
-        description="one of Secateur's networks (`resnet20`), timm:NAME, torchvision:NAME or package.module:callable"
+        description="one of Secateur's networks (`resnet20`), timm:NAME, torchvision:NAME, package.module:callable; "
+        "for text hf:NAME or hf:FOLDER"
     )
     options: dict[str, Option] = Field({}, description="arguments of one of Secateur's networks, such as width")
     label: str = Field("", description="what the report calls it; by default its name and options")
@@ -50,15 +52,17 @@ class Net(Table):
 class DataSet(Table):
     """A data set; a plain string is its name. The validation part is split off the training images by the seed."""
 
-    name: str = Field(description="digits, cifar10, cifar100, or imagefolder with options.folder")
-    options: dict[str, Option] = Field({}, description="arguments of the data set, such as size of an image folder")
+    name: str = Field(description="digits, cifar10, cifar100, imagefolder with options.folder, or sst2")
+    options: dict[str, Option] = Field(
+        {}, description="arguments of the data set: size and folder of an image folder, max_length of sentences"
+    )
     validation: float = Field(0.1, gt=0, lt=1, description="fraction of the training images held out for validation")
-    train_images: int | None = Field(None, ge=1, description="use only so many training images, drawn by the seed")
+    train_samples: int | None = Field(None, ge=1, description="use only so many training samples, drawn by the seed")
 
     @property
     def title(self) -> str:
         """What the report calls it."""
-        return self.name if self.train_images is None else f"{self.name}, {self.train_images:,} training images"
+        return self.name if self.train_samples is None else f"{self.name}, {self.train_samples:,} training samples"
 
 
 class Training(Table):
@@ -248,6 +252,7 @@ class Latency(Table):
     """How the time of one forward pass is measured: dense and pruned model in turns."""
 
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 64), min_length=1, description="batch sizes")
+    length: int = Field(128, ge=1, description="of text: tokens per sentence, for MACs as well")
     runtime: str = Field("eager", description="eager, channels_last, compiled or onnxruntime")
     threads: int = Field(1, ge=1, description="CPU threads")
     seconds: float = Field(0.3, gt=0, description="per model and batch size")
@@ -274,7 +279,7 @@ class Study(Table):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of weights, batches and the validation split")
     training: Training = Field(description="of the dense models; each is trained once per seed and shared")
     tuning: Training = Field(description="of pruned models and controls, after pruning")
-    calibration: int = Field(1024, ge=1, description="augmented training images for criteria and repair")
+    calibration: int = Field(1024, ge=1, description="training samples for criteria and repair")
     repair: bool | tuple[str, ...] = Field(True, description="repair without gradients before fine-tuning")
     controls: Controls = Field(Controls(), description="what every study has unless declined")
     latency: Latency = Field(Latency(), description="how time is measured")
@@ -292,8 +297,8 @@ class Study(Table):
             if ":" in net.name and net.options:
                 raise InputError(f"{net.name}: options are for Secateur's own networks.")
         for data in self.data:
-            if data.name not in SOURCES:
-                raise UnknownNameError("data set", data.name, SOURCES)
+            if data.name not in (*SOURCES, *TEXTS):
+                raise UnknownNameError("data set", data.name, (*SOURCES, *TEXTS))
         if self.latency.runtime not in RUNTIMES:
             raise UnknownNameError("runtime", self.latency.runtime, RUNTIMES)
         for what, found in (
