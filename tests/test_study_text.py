@@ -64,7 +64,7 @@ def trials(place: Workplace, **changes: Any) -> list[Trial]:
     recipe = {"batch_size": 16, "lr": 2e-3, "optimizer": "adamw"}
     fields: dict[str, Any] = {
         "name": "text",
-        "models": [{"name": f"hf:{place.data_dir / 'classifier'}", "label": "BERT"}],
+        "models": [{"name": "hf:classifier", "label": "BERT"}],  # a folder inside that of the data
         "data": [{"name": "sst2", "options": {"max_length": 16}}],
         "sparsities": [0.5],
         "seeds": [0],

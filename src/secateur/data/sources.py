@@ -84,7 +84,7 @@ def _digits(data_dir: Path | str | None, *, cache_dir: Path | str | None = None,
 
 
 def _image_folder(data_dir: Path | str | None, folder: str = "", **options: Any) -> Splits:
-    root = _data_folder(data_dir)
+    root = data_folder(data_dir)
     if root is None:
         raise DataError("imagefolder needs the folder: pass data_dir (--data-dir), or set SECATEUR_DATA.")
     if not (root / folder).resolve().is_relative_to(root.resolve()):
@@ -133,7 +133,7 @@ def parquet_files(name: str, patterns: Mapping[str, str], data_dir: Path | str |
 
     None where no folder is given: the Hub is to be asked. Raises DataError where a part has no file.
     """
-    root = _data_folder(data_dir)
+    root = data_folder(data_dir)
     if root is None:
         return None
     files = {part: sorted((root / name).glob(pattern)) for part, pattern in patterns.items()}
@@ -157,6 +157,7 @@ def _parquet_or_hub(
     return cached(name, identity_of(every), lambda: decode_parquet(files, "img", label, name), cache_dir)
 
 
-def _data_folder(given: Path | str | None) -> Path | None:
+def data_folder(given: Path | str | None) -> Path | None:
+    """The folder of the data sets: `given`, else SECATEUR_DATA; None where there is neither."""
     chosen = given if given is not None else os.environ.get("SECATEUR_DATA") or None
     return None if chosen is None else Path(chosen).expanduser()

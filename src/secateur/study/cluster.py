@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from secateur.errors import InputError
 from secateur.study.executors import Ended, Job, outcome
+
+_REACH_SECONDS = 10.0
 
 
 class RayExecutor:
@@ -26,8 +29,9 @@ class RayExecutor:
         except ImportError as error:
             raise InputError("executor ray needs Ray: pip install 'secateur[cluster]'.") from error
         try:
+            _reach(address)
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"no Ray cluster at {address!r}: {error}") from error
         self._ray: Any = ray
         self._gpus = gpus
@@ -65,3 +69,10 @@ class RayExecutor:
         except self._ray.exceptions.RayError as error:
             return Ended(name, died=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return found
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nobody listens at HOST:PORT, for which Ray itself would wait many minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()

@@ -36,7 +36,7 @@ class Net(Table):
 
     name: str = Field(
         description="one of Secateur's networks (`resnet20`), timm:NAME, torchvision:NAME, package.module:callable; "
-        "for text hf:NAME or hf:FOLDER"
+        "for text hf:NAME or hf:FOLDER, also inside the data folder"
     )
     options: dict[str, Option] = Field({}, description="arguments of one of Secateur's networks, such as width")
     label: str = Field("", description="what the report calls it; by default its name and options")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data import Batches, Splits, load_data
+from secateur.data.sources import data_folder
 from secateur.errors import InputError
 from secateur.naming import named_model
 from secateur.nets import build
@@ -119,6 +120,7 @@ class TextTask:
     splits: Any  # TextSplits
     digest: str
     max_length: int
+    data_dir: Path | None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -132,7 +134,7 @@ class TextTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             classes = self.splits.train.classes
-            return text_classifier(_place_of(net.name), classes, max_length=self.max_length)[0]
+            return text_classifier(_model_place(net.name, self.data_dir), classes, max_length=self.max_length)[0]
 
     def training(self, how: Training, seed: int, device: str = "cpu") -> Any:
         """Shuffled, sentences of similar length together."""
@@ -206,7 +208,7 @@ def _text_task(name: str, text: str, seed: int, data_dir: Path | None) -> TextTa
     if set(data.options) - {"max_length"} or isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise InputError(f"{data.name} takes the option max_length, a whole number; got {data.options}.")
     found = sst2(
-        text_tokenizer(_place_of(name)),
+        text_tokenizer(_model_place(name, data_dir)),
         data_dir,
         seed=seed,
         validation=data.validation,
@@ -214,9 +216,8 @@ def _text_task(name: str, text: str, seed: int, data_dir: Path | None) -> TextTa
         max_length=length,
     )
     parts = [getattr(found, name) for name in PARTS]
-    return TextTask(
-        found, _digest([tensor for part in parts for tensor in (part.tokens, part.starts, part.labels)]), length
-    )
+    tensors = [tensor for part in parts for tensor in (part.tokens, part.starts, part.labels)]
+    return TextTask(found, _digest(tensors), length, data_dir)
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -226,5 +227,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def _place_of(name: str) -> str:
-    return name.removeprefix("hf:")
+def _model_place(name: str, data_dir: Path | None) -> str:
+    """Where a model of `transformers` is: a folder inside that of the data sets, or what its name says."""
+    place, root = name.removeprefix("hf:"), data_folder(data_dir)
+    return str(root / place) if root is not None and (root / place).is_dir() else place
