@@ -434,6 +434,8 @@ def test_the_browser_test_can_fail(tmp_path):
 def test_a_click_on_a_heading_sorts_the_table_and_the_menu_changes_the_widths(tmp_path):
     page = write_report(study(), tmp_path / "report.html")
     act = """<script>
+    const soon = () => new Promise((done) => setTimeout(done, 50));
+    const act = async () => {
       document.querySelector("[data-table]").closest("details").open = true;
       const table = document.querySelector("table.sortable");
       table.tHead.rows[0].cells[7].querySelector("button").click();
@@ -442,6 +444,7 @@ def test_a_click_on_a_heading_sorts_the_table_and_the_menu_changes_the_widths(tm
       const axis = document.querySelector("select[data-variants]");
       axis.value = "latency";
       axis.dispatchEvent(new Event("change"));
+      await soon();
       const pareto = document.querySelector('[data-figure="s1-pareto"]');
       document.body.dataset.axis = pareto.layout.xaxis.title.text;
       const shown = pareto.data.find((trace) => trace.meta === "trials");
@@ -450,7 +453,11 @@ def test_a_click_on_a_heading_sorts_the_table_and_the_menu_changes_the_widths(tm
       menu.dispatchEvent(new Event("focus"));
       menu.value = "1";
       menu.dispatchEvent(new Event("change"));
+      await soon();
       document.body.dataset.widths = document.querySelector('[data-figure="s1-widths"]').data[1].y.join();
+    };
+    const wait = () => (document.documentElement.dataset.drawn ? act() : setTimeout(wait, 20));
+    wait();
     </script></body>"""
     text = page.read_text(encoding="utf-8")
     page.write_text(text[: text.rindex("</body>")] + act + "</html>", encoding="utf-8")

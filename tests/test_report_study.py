@@ -554,6 +554,7 @@ def test_thousands_of_rows_are_paged_and_sorted(tmp_path):
 def test_menus_change_the_overview_and_the_layers(tmp_path):
     page = everything([*grid(("l1", "random")), *grid(("l1", "random"), model="other")], tmp_path / "report.html")
     act = """<script>
+    const act = async () => {
       const told = document.body.dataset;
       const tables = [...document.querySelectorAll("#overview-panels table")];
       const visible = () => tables.map((table) => !table.hidden).join();
@@ -566,7 +567,11 @@ def test_menus_change_the_overview_and_the_layers(tmp_path):
       menu.dispatchEvent(new Event("focus"));
       menu.value = "1";
       menu.dispatchEvent(new Event("change"));
+      await new Promise((done) => setTimeout(done, 50));
       told.bars = document.querySelector('[data-figure="s1-sparsity"]').data[0].y.join();
+    };
+    const wait = () => (document.documentElement.dataset.drawn ? act() : setTimeout(wait, 20));
+    wait();
     </script></body>"""
     text = page.read_text(encoding="utf-8")
     page.write_text(text[: text.rindex("</body>")] + act + "</html>", encoding="utf-8")

@@ -122,10 +122,11 @@
     );
   };
 
-  // The charts' library is most of the page, and its start takes longer than all else: it waits for the first paint.
-  const plotly = () => {
-    if (!window.Plotly) make("script", document.getElementById("plotly").textContent, document.head);
-    return window.Plotly;
+  // The charts' library is most of the page: it comes packed, and is unpacked and started after the first paint.
+  const unpacked = async () => {
+    const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    make("script", await new Response(stream).text(), document.head);
   };
   const chosen = {};
   const draw = (div) => {
@@ -148,7 +149,7 @@
     if (narrow.matches && name.endsWith("-classic"))
       Object.assign(figure.layout.legend2, { x: 0, xanchor: "left", y: -0.16, yanchor: "top" });
     const config = { responsive: true, displayModeBar: false };
-    const drawn = plotly().react(div, figure.data, figure.layout, config);
+    const drawn = Plotly.react(div, figure.data, figure.layout, config);
     if (!page.chartMs) page.chartMs = Math.round(performance.now());
     return drawn;
   };
@@ -182,8 +183,9 @@
     setTimeout(next);
   };
   const drawnNow = () => {
+    if (!window.Plotly) return;
     round++;
-    for (const div of charts) if (div.data) plotly().Plots.resize(div); else draw(div);
+    for (const div of charts) if (div.data) Plotly.Plots.resize(div); else draw(div);
   };
 
   // Menus of settings name one; the others, which may be thousands, come when somebody asks or has nothing to wait for.
@@ -205,15 +207,17 @@
   for (const menu of menus) {
     const name = menu.dataset.choices;
     for (const asked of ["pointerdown", "focus", "keydown"]) menu.addEventListener(asked, () => fill(menu));
-    menu.addEventListener("change", () => {
+    menu.addEventListener("change", async () => {
       chosen[name] = Number(menu.value);
+      await start();
       draw(document.querySelector(`[data-figure="${name}"]`));
     });
   }
   for (const menu of document.querySelectorAll("select[data-variants]"))
-    menu.addEventListener("change", () => {
+    menu.addEventListener("change", async () => {
       const div = document.querySelector(`[data-figure="${menu.dataset.variants}"]`);
       div.dataset.variant = menu.value;
+      await start();
       draw(div);
     });
   for (const menu of document.querySelectorAll("select[data-panels]"))
@@ -234,10 +238,12 @@
     for (const head of table.tHead.rows[0].cells)
       head.querySelector("button").addEventListener("click", () => sortBy(table, head));
 
-  const start = () => round || drawAll();
+  let started;
+  const start = () => (started ??= unpacked().then(drawAll));
   requestAnimationFrame(() => setTimeout(start));
   setTimeout(start, 200); // where nothing is painted, such as in a tab behind
-  system.addEventListener("change", drawAll);
-  narrow.addEventListener("change", drawAll);
+  const again = () => start().then(() => round && drawAll());
+  system.addEventListener("change", again);
+  narrow.addEventListener("change", again);
   window.addEventListener("beforeprint", drawnNow);
 })();
