@@ -21,6 +21,8 @@ from method_tables import section_lines as method_lines
 from observing import section_lines as observing_lines
 from report_size import section_lines as report_lines
 from scaling import section_lines as scaling_lines
+from study_kills import section_lines as kill_lines
+from study_overhead import section_lines as overhead_lines
 
 HERE = Path(__file__).resolve().parent
 INTRODUCTION = """\
@@ -186,6 +188,8 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "methods": lambda results, file: "\n".join(method_lines(results, file)),
     "report_size": lambda results, file: "\n".join(report_lines(results, file)),
     "scaling": scaling,
+    "study_kills": lambda results, file: "\n".join(kill_lines(results, file)),
+    "study_overhead": lambda results, file: "\n".join(overhead_lines(results, file)),
 }
 
 

@@ -28,7 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "secateur"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CORE = {"torch", "numpy", "safetensors", "secateur"}
-LIGHT = {"cli", "demo.py", "study", "data", "report", "training", "nets", "naming.py"}  # may need their extras
+LIGHT = {
+    "cli",
+    "demo.py",
+    "integrations",
+    "study",
+    "data",
+    "report",
+    "training",
+    "nets",
+    "naming.py",
+}  # may need their extras
 
 
 def python(code: str) -> str:

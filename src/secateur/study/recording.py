@@ -120,10 +120,10 @@ def fingerprint(bench: Bench) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def commit() -> str:
     """The commit of the source tree that this package runs from, `+` where it was changed; "" elsewhere."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent  # the package
     try:
         ask = partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        tracked = ask(["git", "ls-files", Path(__file__).name]).stdout.strip()
+        tracked = ask(["git", "ls-files", "__init__.py"]).stdout.strip()
         if not tracked:
             return ""
         changed = "+" if ask(["git", "status", "--porcelain", "--untracked-files=no", "."]).stdout.strip() else ""

@@ -224,6 +224,9 @@ class Method(Table):
         wrong = sorted(given & foreign)
         if wrong:
             raise InputError(f"{wrong[0]} has no meaning where {self.prunes} are pruned.")
+        kept, colon, of = self.pattern.partition(":") if isinstance(self.pattern, str) else ("1", ":", "2")
+        if not (colon and kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)):
+            raise InputError(f"pattern keeps n of m, such as '2:4', with 0 < n < m; got {self.pattern!r}.")
         if self.prunes == "weights" and self.target != "sparsity":
             raise InputError("weights are pruned to a sparsity: masks save no MACs. Leave out target.")
         if self.prunes == "weights" and self.schedule == "layer_by_layer":

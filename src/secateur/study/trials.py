@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from secateur.schedules import LAYER_BY_LAYER, steps_of
 from secateur.study.spec import DataSet, Latency, Method, Net, Study, Table, Training
@@ -117,9 +118,9 @@ def controls_of(study: Study) -> list[Method]:
         same = [method for method in study.methods if method.prunes == kind]
         asked = {method.criterion for method in same if isinstance(method.criterion, str)}
         if same and wanted.random and "random" not in asked:
-            found.append(_as_control(same, "random"))
+            found.append(_as_control(study, same, "random"))
         if same and wanted.magnitude and not asked & BY_SIZE[kind]:
-            found.append(_as_control(same, MAGNITUDE[kind]))
+            found.append(_as_control(study, same, MAGNITUDE[kind]))
     if wanted.unpruned:
         found.append(Method(criterion="unpruned", prunes="nothing", label="unpruned"))
     if wanted.smaller:
@@ -131,12 +132,15 @@ def controls_of(study: Study) -> list[Method]:
     return found
 
 
-def _as_control(same: list[Method], criterion: str) -> Method:
+def _as_control(study: Study, same: list[Method], criterion: str) -> Method:
     """The first method of that kind, with another criterion and nothing that helps it learn."""
-    plain = {"penalty": None, "distillation": None, "propagate": False, "label": ""}
+    first = same[0]
+    plain: dict[str, Any] = {"penalty": None, "distillation": None, "propagate": False, "label": ""}
+    if first.penalty is not None and first.epochs_per_step is None:  # its epochs are spent on fine-tuning
+        plain["epochs"] = (study.tuning.epochs if first.epochs is None else first.epochs) + first.penalty.epochs
     several = {level for method in same for level in method.sparsities or ()}
     own = tuple(sorted(several)) if all(method.sparsities for method in same) else None
-    return same[0].model_copy(update={**plain, "criterion": criterion, "sparsities": own})
+    return first.model_copy(update={**plain, "criterion": criterion, "sparsities": own})
 
 
 def _levels(method: Method, study: Study) -> tuple[float, ...]:
