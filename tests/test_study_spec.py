@@ -595,6 +595,8 @@ def test_a_control_is_the_first_method_with_nothing_that_helps_it():
     assert (control.method.scope, control.method.schedule, control.method.steps) == ("global", "linear", 3)
     assert (control.method.penalty, control.method.distillation, control.sparsity) == (None, None, 0.2)
     assert {trial.sparsity for trial in trials} == {0.0, 0.2}
+    ours = next(trial for trial in trials if trial.method.criterion == "taylor")
+    assert control.epochs == ours.epochs == ours.tuning.epochs + 1  # the penalty's go into fine-tuning
 
 
 def test_smaller_networks_are_made_at_the_levels_asked_for():
