@@ -201,6 +201,7 @@ def _tell_epochs(log: str) -> None:
         os.write(handle, f"{os.getpid()} {epoch}\n".encode())
         os.close(handle)
         before(self, epoch)
+        time.sleep(0.25)  # whoever waits for an epoch must see it before the study is over
 
     Batches.set_epoch = telling
 

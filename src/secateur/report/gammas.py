@@ -15,7 +15,7 @@ from secateur.files import write_bytes
 from secateur.report import format as fmt
 from secateur.report import palette
 from secateur.report.looks import figure as empty_figure
-from secateur.report.page import asset
+from secateur.report.page import asset, packed
 from secateur.report.palette import HUES, INK
 from secateur.report.sections import inline
 
@@ -120,7 +120,7 @@ def _page(figure: Figure, title: str, gammas: Gammas, threshold: float) -> str:
         dark=Markup(inline(palette.DARK)),
         css=Markup(asset("page.css")),
         script=Markup(asset("page.js")),
-        plotly=Markup(get_plotlyjs()),
+        plotly=packed(get_plotlyjs()),
     )
 
 

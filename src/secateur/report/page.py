@@ -116,7 +116,7 @@ def render(
         dark=Markup(inline(palette.DARK)),
         css=Markup(asset("page.css")),
         script=Markup(asset("page.js")),
-        plotly=_packed(get_plotlyjs()),
+        plotly=packed(get_plotlyjs()),
     )
 
 
@@ -125,6 +125,6 @@ def asset(name: str) -> str:
     return resources.files("secateur.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _packed(text: str) -> str:
+def packed(text: str) -> str:
     """The text, compressed, in letters that may stand in a page; the same for the same text."""
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
