@@ -201,7 +201,7 @@ def _tell_epochs(log: str) -> None:
         os.write(handle, f"{os.getpid()} {epoch}\n".encode())
         os.close(handle)
         before(self, epoch)
-        time.sleep(0.25)  # whoever waits for an epoch must see it before the study is over
+        time.sleep(0.1)  # whoever waits for an epoch must see it before the study is over
 
     Batches.set_epoch = telling
 
@@ -212,4 +212,5 @@ if __name__ in ("__main__", "__mp_main__") and os.environ.get("SECATEUR_TEST_EPO
 if __name__ == "__main__":
     from secateur.cli import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, also where a script started the tests
     main()

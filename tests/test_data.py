@@ -512,6 +512,7 @@ def test_what_the_hub_sends_is_decoded(cifar_like: Path, monkeypatch: pytest.Mon
 REAL = os.environ.get("SECATEUR_DATA", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (Path(REAL) / "cifar10").is_dir(), reason="SECATEUR_DATA names no folder with cifar10/ in it")
 def test_the_real_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_DATA", REAL)

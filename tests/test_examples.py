@@ -41,7 +41,8 @@ def macs(text: str) -> list[float]:
 
 @needs_timm
 @pytest.mark.parametrize(
-    "name", ["test_vit", "test_convnext", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)]
+    "name",
+    ["test_vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("test_convnext", "vit_tiny_patch16_224"))],
 )
 def test_the_timm_example_prunes_saves_loads_and_exports(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
