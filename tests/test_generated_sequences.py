@@ -7,7 +7,7 @@ import pytest
 from drawn_laws import checked_nets
 from drawn_sequences import SEQUENCES
 
-NETS = 8  # per kind of block; `make fuzz` draws thousands
+NETS = 10  # per kind of block; `make fuzz` draws thousands
 
 
 @pytest.mark.timeout(1200)  # simplifying a net that fails takes its time
