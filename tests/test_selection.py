@@ -169,6 +169,32 @@ def test_a_whole_number_is_an_absolute_budget_and_both_budgets_hold_together() -
     assert sc.select(graph, scores, sc.Target(max_params=10**9)).is_identity
 
 
+def test_a_budget_may_be_of_some_modules_only() -> None:
+    model = chain(12, 10, 8)
+    graph = sc.trace(model, X)
+    plan = sc.select(graph, rising_scores(graph), sc.Target(max_params=0.5, of=("c1", "c2.weight")))
+
+    def counted(m: nn.Module) -> int:
+        return sum(p.numel() for name, p in m.named_parameters() if name.startswith("c1.") or name == "c2.weight")
+
+    small = sc.shrink(model, plan)
+    assert 0.3 * counted(model) < counted(small) <= 0.5 * counted(model)
+    whole = sc.select(graph, rising_scores(graph), sc.Target(max_params=0.5))
+    assert whole.params[1] < plan.params[1]  # the first layer and the head did not count
+    for last in sc.prune_steps(model, X, sc.Target(max_params=0.5, of="c1"), schedule="linear", steps=3):
+        pass
+    assert last.model.c1.weight.numel() + last.model.c1.bias.numel() <= 0.5 * (model.c1.weight.numel() + 10)
+
+
+def test_a_budget_of_modules_that_are_not_there_is_refused() -> None:
+    graph = sc.trace(chain(12, 10), X)
+    with pytest.raises(TargetError, match=r"of='encoder\.\*' matches no parameter"):
+        sc.select(graph, rising_scores(graph), sc.Target(max_params=0.5, of=("c1", "encoder.*")))
+    for wrong in ({"sparsity": 0.5}, {"max_macs": 0.5}, {"max_macs": 0.5, "max_params": 0.5}):
+        with pytest.raises(TargetError, match="of= says what max_params= counts"):
+            sc.Target(**wrong, of="c1")
+
+
 def test_an_unreachable_budget_names_the_limit_which_is_then_reached() -> None:
     model = chain(12, 10)
     graph = sc.trace(model, X)

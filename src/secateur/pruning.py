@@ -179,7 +179,7 @@ def prune_steps(
         raise TargetError("'layer_by_layer' brings each layer to a sparsity: pass Target(sparsity=...), not a budget.")
     graph = dense = trace(model, example_inputs, ignore=ignore, prune_residual=prune_residual)
     full = [group.channels for group in dense.groups]
-    macs, params = macs_of(dense)(full), params_of(dense)(full)
+    macs, params = macs_of(dense)(full), params_of(dense, goal.of)(full)
     final = goal.final(macs, params)
     due = (lambda progress: progress) if in_layers else resolve_schedule(schedule, final)
     asked = steps_of(schedule, final, dense)

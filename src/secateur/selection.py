@@ -112,8 +112,8 @@ def channels_to_keep(
         gone = _until_sparsity(graph, dense, blocks, _ordered_steps(graph, blocks, scope), target.sparsity)
     else:
         full = [group.channels for group in dense.groups]
-        goal = target.absolute(macs_of(dense)(full), params_of(dense)(full))
-        costs = {"max_macs": macs_of(graph), "max_params": params_of(graph)}
+        goal = target.absolute(macs_of(dense)(full), params_of(dense, target.of)(full))
+        costs = {"max_macs": macs_of(graph), "max_params": params_of(graph, target.of)}
         gone = _until_budget(graph, blocks, _ordered_steps(graph, blocks, scope), goal, costs)
     kept = [np.arange(group.channels) for group in graph.groups]
     for block, count in zip(blocks, gone, strict=True):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 
-from secateur.coupling.groups import Graph, Product
+from secateur.coupling.groups import Graph, Product, ancestors
 from secateur.errors import TargetError
 
 
@@ -17,12 +18,15 @@ class Target:
     """How far to prune: the fraction to remove, or what may at most remain. Give `sparsity`, or one or both budgets.
 
     A budget is met within one removable step and never exceeded. A float in (0, 1] is a fraction of the dense model,
-    an int is absolute. Raises TargetError for anything that cannot be meant.
+    an int is absolute. `of`: names or patterns of modules or parameters ("bert.encoder"); `max_params` then counts only
+    these, so that embeddings that nothing can shrink are no part of the sum. Raises TargetError for anything that
+    cannot be meant.
     """
 
     sparsity: float | Mapping[str, float] | None = None  # of the channels; or {layer pattern: fraction}, the rest stays
     max_macs: float | int | None = None
     max_params: float | int | None = None
+    of: str | tuple[str, ...] | None = None  # what max_params counts; None: everything
 
     def __post_init__(self) -> None:
         budgets = {"max_macs": self.max_macs, "max_params": self.max_params}
@@ -30,6 +34,8 @@ class Target:
             raise TargetError("nothing to aim for: pass sparsity=, max_macs= or max_params=.")
         if self.sparsity is not None and any(budget is not None for budget in budgets.values()):
             raise TargetError("pass either sparsity= or budgets (max_macs=, max_params=), not both.")
+        if self.of is not None and (self.max_params is None or self.max_macs is not None):
+            raise TargetError("of= says what max_params= counts: pass both, and no max_macs=.")
         if isinstance(self.sparsity, Mapping) and not self.sparsity:
             raise TargetError("sparsity={} names no layer: pass {layer pattern: fraction}.")
         for fraction in self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]:
@@ -134,6 +140,22 @@ def macs_of(graph: Graph) -> Cost:
     return Cost(graph.macs)
 
 
-def params_of(graph: Graph) -> Cost:
-    """Parameters; tied ones count once."""
-    return Cost(graph.params)
+def params_of(graph: Graph, of: str | Sequence[str] | None = None) -> Cost:
+    """Parameters; tied ones count once. `of`: only those whose name, or a module's that holds them, matches a pattern.
+
+    Raises TargetError for a pattern that matches nothing.
+    """
+    if of is None:
+        return Cost(tuple(graph.params.values()))
+    patterns = [of] if isinstance(of, str) else list(of)
+    found = {pattern: {name for name in graph.params if _is_in(name, pattern)} for pattern in patterns}
+    for pattern, names in found.items():
+        if not names:
+            raise TargetError(f"of={pattern!r} matches no parameter of the model, nor a module that holds one.")
+    wanted = set().union(*found.values())
+    return Cost([product for name, product in graph.params.items() if name in wanted])
+
+
+def _is_in(parameter: str, pattern: str) -> bool:
+    """Whether a parameter, or a module around it, has a name that matches."""
+    return any(fnmatchcase(name, pattern) for name in ancestors(parameter))

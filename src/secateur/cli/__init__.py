@@ -162,6 +162,9 @@ def prune(
     max_params: Annotated[
         str | None, typer.Option(metavar="LIMIT", help="Parameters that may remain: 0.5 for half, or a whole number.")
     ] = None,
+    params_of: Annotated[
+        list[str], typer.Option(help="Module name or pattern: --max-params counts only these; may be repeated.")
+    ] = [],  # noqa: B006 - typer copies it
     criterion: Annotated[str, typer.Option(help="What makes a channel important; see `secateur criteria`.")] = "l2",
     scope: Annotated[
         str | None,
@@ -187,7 +190,10 @@ def prune(
 
     _check_suffix(out)
     target = Target(
-        sparsity=sparsity, max_macs=_limit(max_macs, "--max-macs"), max_params=_limit(max_params, "--max-params")
+        sparsity=sparsity,
+        max_macs=_limit(max_macs, "--max-macs"),
+        max_params=_limit(max_params, "--max-params"),
+        of=tuple(params_of) or None,
     )
     net, inputs = named_model(model, seed), example_inputs(shapes, seed)
     if checkpoint is not None:

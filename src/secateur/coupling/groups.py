@@ -144,7 +144,7 @@ class Graph:
     producers: tuple[Producer, ...]  # in order of execution
     attributes: Mapping[Attribute, Form]  # integer attributes that follow the kept counts
     macs: tuple[Product, ...]
-    params: tuple[Product, ...]
+    params: Mapping[str, Product]  # per parameter; tied ones once
     replacements: tuple[Candidate, ...] = ()
     norms: tuple[tuple[int, Slot], ...] = ()  # (group, its positions in a norm over live channels)
     open_norms: bool = False  # traced with prune_residual=True
@@ -275,10 +275,10 @@ def _ignored_modules(model: nn.Module, ignore: Iterable[str | nn.Module]) -> set
         if not roots:
             raise InputError(f"ignore={entry!r} matches no module of the model.")
         found.update(roots)
-    return {name for name in names if "" in found or not found.isdisjoint(_ancestors(name))}
+    return {name for name in names if "" in found or not found.isdisjoint(ancestors(name))}
 
 
-def _ancestors(name: str) -> Iterator[str]:
+def ancestors(name: str) -> Iterator[str]:
     """The module itself and those that hold it, the outermost excepted."""
     while name:
         yield name
@@ -337,9 +337,10 @@ def _assemble(
         ),
         attributes={attribute: renumbered(form) for attribute, form in solution.attributes.items()},
         macs=tuple(product(work.constant, _live_dims(state, work)) for work in state.work),
-        params=tuple(
-            product(1, [(base.get((name, dim)), size) for dim, size in enumerate(shapes[name])]) for name in parameters
-        ),
+        params={
+            name: product(1, [(base.get((name, dim)), size) for dim, size in enumerate(shapes[name])])
+            for name in parameters
+        },
         replacements=tuple(c for c in candidates if c.groups),
         norms=tuple(_norm_slots(state, classes, position)),
         open_norms=state.open_norms,
@@ -358,7 +359,7 @@ def _groups_inside(groups: Iterable[Group]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for number, group in enumerate(groups):
         for slot in group.slots:
-            for module in _ancestors(slot.tensor):
+            for module in ancestors(slot.tensor):
                 found.setdefault(module, set()).add(number)
     return found
 
