@@ -15,7 +15,7 @@ from secateur import nets
 from secateur.batches import default_loss
 from secateur.errors import InputError
 from secateur.training import Recipe, fit
-from secateur.training.distilling import distillation
+from secateur.training.distilling import distillation, with_hidden_states
 from secateur.training.starting import equal_budget, from_scratch
 
 # -- distillation ----------------------------------------------------------------------------------------------------
@@ -89,6 +89,47 @@ def test_mappings_have_their_classes_last_and_ignored_positions_do_not_count() -
     counted = labels != -100
     rows = [model.linear(x[counted]).detach().numpy() for model in (student, teacher)]
     assert found.item() == pytest.approx(by_hand(*rows, labels[counted].numpy(), 3.0, 0.25), rel=1e-12)
+
+
+class Deep(nn.Module):
+    """A classifier that tells its hidden states where it is asked."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False) -> Any:
+        one = self.first(x)
+        two = self.second(one)
+        found = {"logits": self.head(two[:, 0])}
+        return {**found, "hidden_states": (one, two)} if output_hidden_states else found
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_hidden_states_by_hand(masked: bool) -> None:
+    teacher, student = Deep().double(), Deep().double()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = {"x": torch.randn(2, 3, 5, dtype=torch.float64)} | ({"attention_mask": mask} if masked else {})
+    loss = distillation(teacher, weight=1.0, hidden=3.0, forward=with_hidden_states)
+    found = loss(with_hidden_states(student, batch), batch) - distillation(teacher, weight=1.0)(student(**batch), batch)
+    keep = mask.bool() if masked else torch.ones(2, 3, dtype=torch.bool)
+    parts = []
+    for layer in (lambda m: m.first(batch["x"]), lambda m: m.second(m.first(batch["x"]))):
+        ours, theirs = (layer(model).detach()[keep].numpy() for model in (student, teacher))
+        parts.append(((ours - theirs) ** 2).sum() / (theirs**2).sum())
+    assert found.item() == pytest.approx(3.0 * sum(parts) / 2, rel=1e-9)
+    assert loss(with_hidden_states(teacher, batch), batch).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_hidden_states_that_cannot_be_compared() -> None:
+    batch = {"x": torch.randn(2, 3, 5)}
+    with pytest.raises(InputError, match="hidden multiplies"):
+        distillation(Deep(), hidden=-1.0)
+    loss = distillation(Deep(), weight=1.0, hidden=1.0, forward=with_hidden_states)
+    with pytest.raises(InputError, match=r"do not prune the residual stream"):
+        loss(with_hidden_states(Deep(6), batch), batch)
+    with pytest.raises(InputError, match=r"the student carries no hidden states: pass forward="):
+        loss(Deep()(**batch), batch)
 
 
 def test_pairs_have_their_classes_second() -> None:

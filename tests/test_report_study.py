@@ -33,10 +33,11 @@ from secateur.report.layers import sparsity_choices, width_choices
 from secateur.report.looks import curves_of
 from secateur.report.overview import families, family_of, panels
 from secateur.report.palette import DARK, GREYS, HUES
-from secateur.report.records import LayerWeights, studies
+from secateur.report.records import LayerWeights, Timing, studies
 from secateur.report.statistics import pareto_front
 from secateur.report.tables import TRIAL_COLUMNS, setting_table, shown_columns, trial_table
 from secateur.report.thinning import thinned
+from secateur.report.timings import timing_table
 from secateur.report.words import words_for
 from test_report import BROWSER, _Page, opened, record
 
@@ -601,3 +602,37 @@ def test_where_the_setting_shown_is_masked_the_widths_are_those_of_another(tmp_p
     assert "fewer weights" in dom
     assert 'data-shown="l1, 20 %"' in dom
     assert 'data-bars="8,16"' in dom
+
+
+# -- measured time ---------------------------------------------------------------------------------------------------
+
+
+def timed(seed: int, *, speedup: float = 2.0, prunes: str = "channels", lengths: tuple[int | None, ...] = (16, 128)):
+    timings = tuple(
+        Timing(batch, 10.0 + seed, (10.0 + seed) / speedup, speedup, 0.01, runtime, length)
+        for length in lengths
+        for batch in (1, 16)
+        for runtime in ("eager", "onnxruntime")
+    )
+    return record(seed=seed, timings=timings, prunes=prunes, criterion="l2" if prunes == "channels" else "magnitude")
+
+
+def test_measured_times_are_means_in_a_table_of_what_got_smaller(tmp_path):
+    records = [timed(0, speedup=2.0), timed(1, speedup=4.0), timed(0, prunes="weights")]
+    table = timing_table(summarise(records))
+    assert table.heads[:4] == ["setting", "fewer MACs", "batch 1, 16 tokens, eager", "batch 1, 16 tokens, onnxruntime"]
+    assert [row[0] for row in table.rows] == ["dense", "l2, 40 %"]
+    assert table.rows[0][2] == f"10.5{fmt.THIN}ms" and table.rows[1][2] == f"3.88{fmt.THIN}ms, 3.00{fmt.CROSS}"
+    assert len(table.heads) == len(table.rows[1]) == 2 + 8
+    assert "### Measured time" in write_markdown(records, tmp_path / "r.md").read_text()
+    assert "<h2>Measured time</h2>" in write_report(records, tmp_path / "r.html").read_text()
+
+
+def test_one_timing_needs_no_table_and_of_many_settings_the_rest_is_counted():
+    one = record(timings=(Timing(64, 2.0, 1.0, 2.0, 0.01),))
+    assert timing_table(summarise([one])) is None
+    images = timing_table(summarise([timed(0, lengths=(None,))]))
+    assert images.heads[2] == "batch 1, eager"
+    many = [record(sparsity=s / 100, timings=timed(0).timings) for s in range(1, 60)]
+    table = timing_table(summarise(many))
+    assert len(table.rows) == 41 and "19 more settings not shown" in table.note

@@ -165,7 +165,11 @@ def test_an_unknown_key_of_a_model_or_a_data_set_is_named():
         ("methods.0.penalty", {"kind": "gama", "epochs": 1}, "methods[0].penalty.kind: "),
         ("methods.0.distillation", {"weight": 1.5}, "methods[0].distillation.weight: "),
         ("latency.runtime", "eagre", "no runtime named 'eagre'. Did you mean 'eager'?"),
+        ("latency.runtime", ["eager", "eagre"], "no runtime named 'eagre'. Did you mean 'eager'?"),
+        ("latency.length", [], "latency.length"),
         ("latency.batches", [0], "latency.batches[0]: "),
+        ("methods.0.of", "stem", "of says which parameters count: it goes with target = 'params'"),
+        ("methods.0.distillation", {"hidden": 0.5}, "hidden states are those of text classifiers; digits are images"),
         ("calibration", 0, "calibration: "),
         ("controls.smaller", [2.0], "controls.smaller"),
     ],
@@ -499,6 +503,9 @@ def test_every_field_of_a_method_is_in_its_key():
         {"criterion": "l1", "schedule": "linear", "steps": 2},
         {"criterion": "l1", "schedule": "geometric", "fraction_per_step": 0.3},
         {"criterion": "l1", "schedule": "linear", "steps": 2, "epochs_per_step": 1},
+        {"criterion": "l1", "prune_residual": True},
+        {"criterion": "l1", "target": "params"},
+        {"criterion": "l1", "target": "params", "of": "stem"},
         weights,
         {"criterion": "l1"},
     ]
@@ -606,6 +613,12 @@ def test_smaller_networks_are_made_at_the_levels_asked_for():
     _, some = grid([{"criterion": "l1"}], {"smaller": [0.5]}, sparsities=sorted(levels))
     assert [t.sparsity for t in some if t.method.criterion == "smaller"] == [0.5]
     assert all(t.control for t in some if t.method.criterion == "smaller")
+
+
+def test_smaller_networks_count_the_parameters_of_the_same_modules():
+    method = {"criterion": "l1", "target": "params", "of": ["conv*", "head"]}
+    smaller = next(m for m in controls_of(grid([method], {})[0]) if m.criterion == "smaller")
+    assert (smaller.target, smaller.of) == ("params", ("conv*", "head"))
 
 
 def test_smaller_networks_cost_what_the_pruned_ones_do():

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from secateur.selection import select
     from secateur.shrinking import shrink, zero_channels
     from secateur.targets import Target
+    from secateur.training.distilling import with_hidden_states
     from secateur.training.evaluating import evaluate
     from secateur.training.hooks import Snapshot
     from secateur.training.loop import fit
@@ -90,6 +91,7 @@ _HOME = {
     "threshold_masks": "masking",
     "trace": "coupling.groups",
     "verify": "verification",
+    "with_hidden_states": "training.distilling",
     "zero_channels": "shrinking",
 }
 
@@ -145,6 +147,7 @@ __all__ = [
     "threshold_masks",
     "trace",
     "verify",
+    "with_hidden_states",
     "zero_channels",
 ]
 

@@ -17,6 +17,7 @@ from secateur.report.records import Failure, Record, Reference, as_records, stud
 from secateur.report.sections import Duels, blocks, duel_table
 from secateur.report.statistics import Summary, summarise
 from secateur.report.tables import markdown_rows, markdown_table
+from secateur.report.timings import timing_table
 from secateur.report.words import words_for
 
 
@@ -87,6 +88,11 @@ def _section(model: str, data: str, records: Sequence[Record], summaries: Sequen
     if duels:
         yield "### Method against method\n"
         yield _duels(duels)
+    timings = timing_table(summaries)
+    if timings:
+        yield "### Measured time\n"
+        yield f"{timings.note}\n"
+        yield markdown_rows(timings.heads, timings.rows)
     for heading, values in blocks(records[0].fingerprint).items():
         yield f"- {heading}: {', '.join(f'{name} {value}' for name, value in values.items())}"
     yield ""

@@ -56,6 +56,8 @@ class Timing(NamedTuple):
     pruned_ms: float
     speedup: float  # median of dense/pruned over interleaved rounds
     noise: float  # distance of the quartiles of the pruned model's timings, over their median
+    runtime: str = "eager"
+    length: int | None = None  # tokens per sentence, of text
 
 
 class Reference(NamedTuple):
@@ -115,7 +117,7 @@ class Record:
     epochs: int | None = None  # of training after the dense model's, between and after prunings
     weights_left: float | None = None  # of the dense model's, recounted in the model that was evaluated
     layers: tuple[LayerWeights, ...] = ()
-    timings: tuple[Timing, ...] = ()  # by batch size; `latency_ms` and `speedup` are those of the last
+    timings: tuple[Timing, ...] = ()  # by length, batch size and runtime; `latency_ms` and `speedup` are the last's
     fingerprint: Mapping[str, Any] = field(default_factory=dict)  # versions, machine, data, settings
 
     def __post_init__(self) -> None:

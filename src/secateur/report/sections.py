@@ -15,6 +15,7 @@ from secateur.report.looks import hover_text, labels_of
 from secateur.report.records import Record
 from secateur.report.statistics import Summary, pareto_front, summarise
 from secateur.report.tables import Column, setting_table, shown_columns, spread_note, trial_table
+from secateur.report.timings import TimingTable, timing_table
 from secateur.report.training import Curve, training_curves
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Section:
     charts: Sequence[Chart]
     columns: Sequence[Column]
     duels: Duels | None
+    timings: TimingTable | None
     settings: str  # JSON: names, groups of the menus, texts of the hovers
     rows: str  # JSON of the table of settings, where they are many; else ""
     trials: str  # JSON of the table of single trials
@@ -91,6 +93,7 @@ def section(records: Sequence[Record], curves: Mapping[str, Curve] | None = None
         charts=_charts(records, summaries, findings, curves or {}),
         columns=shown_columns(summaries),
         duels=duel_table(records),
+        timings=timing_table(summaries),
         settings=inline(
             {
                 "names": [s.name for s in summaries],

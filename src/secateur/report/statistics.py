@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from secateur.errors import InputError
-from secateur.report.records import LayerWeights, LayerWidth, Record
+from secateur.report.records import LayerWeights, LayerWidth, Record, Timing
 
 FEW_SEEDS = 3  # from this many on, a t interval is narrow enough to say something
 
@@ -65,6 +65,7 @@ class Summary:
     validation_drop: float | None
     widths: tuple[LayerWidth, ...]  # of the first seed
     layers: tuple[LayerWeights, ...]  # of the first seed
+    timings: tuple[Timing, ...]  # means; () where the trials differ in what was timed
     keys: tuple[str, ...]  # of the trials
 
     @property
@@ -185,7 +186,25 @@ def _summary(records: Sequence[Record]) -> Summary:
         validation_drop=_validation_drop(records),
         widths=first.widths,
         layers=first.layers,
+        timings=_timings(records),
         keys=tuple(record.key for record in records),
+    )
+
+
+def _timings(records: Sequence[Record]) -> tuple[Timing, ...]:
+    """Means over trials of what was timed in all of them."""
+    kinds = {tuple((t.length, t.batch, t.runtime) for t in record.timings) for record in records}
+    if len(kinds) > 1:
+        return ()
+    mean = statistics.fmean
+    return tuple(
+        one[0]._replace(
+            dense_ms=mean(t.dense_ms for t in one),
+            pruned_ms=mean(t.pruned_ms for t in one),
+            speedup=mean(t.speedup for t in one),
+            noise=mean(t.noise for t in one),
+        )
+        for one in zip(*(record.timings for record in records), strict=True)
     )
 
 

@@ -18,6 +18,7 @@ from secateur.study.results import Point, points
 from secateur.study.tasks import Task
 from secateur.study.trials import Trial
 from secateur.training import fit
+from secateur.training.distilling import with_hidden_states
 
 
 @dataclass(eq=False)
@@ -39,7 +40,7 @@ class Bench:
 
     def inputs(self, samples: int) -> Any:
         """Inputs for a network: so many validation samples."""
-        return self.task.example(samples, self.trial.latency.length)
+        return self.task.example(samples, self.trial.latency.lengths[-1])
 
     def test(self, model: nn.Module) -> float:
         """Test accuracy."""
@@ -55,19 +56,19 @@ class Bench:
         recipe = trial.tuning.recipe(trial.seed, epochs)
         if own:
             recipe = equal_budget(trial.training.recipe(trial.seed), recipe)
-        loss = None
+        loss = forward = None
         if trial.method.distillation is not None and not own:
             how, task = trial.method.distillation, partial(default_loss, label_smoothing=recipe.label_smoothing)
             teacher = self.dense.model
-            loss, recipe = (
-                distillation(teacher, how.temperature, how.weight, task),
-                replace(recipe, label_smoothing=0.0),
-            )
+            forward = with_hidden_states if how.hidden else None
+            loss = distillation(teacher, how.temperature, how.weight, task, hidden=how.hidden, forward=forward)
+            recipe = replace(recipe, label_smoothing=0.0)
         fitted = fit(
             model,
             self.task.training(trial.training if own else trial.tuning, trial.seed, self.place.device),
             recipe,
             device=self.place.device,
+            forward=forward,
             loss=loss,
             hooks=hooks,
             checkpoint=self.folder / f"{stage}.pt",

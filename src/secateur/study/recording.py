@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from secateur.report.provenance import environment
 from secateur.report.records import LayerWeights, LayerWidth, Pair, Record, Timing
 from secateur.study.bench import Bench, Stages
 from secateur.study.dense import scores_of
+from secateur.study.spec import TEXTS
 from secateur.weightlayers import weight_layers
 
 MEANS = {"channels": "channels", "weights": "weights", "nothing": "channels"}  # what a plain sparsity is a fraction of
@@ -27,7 +29,7 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
     trial, dense, method = bench.trial, bench.dense, bench.trial.method
     model = stages.tuned
     before, after = count(dense.model, bench.example), count(model, bench.example)
-    timings = tuple(_timing(bench, model, batch) for batch in trial.latency.batches)
+    timings = tuple(_timings(bench, model))
     last, layers = timings[-1], layer_weights(dense.model, model)
     scores = scores_of(model, bench.task, bench.place.device)
     return Record(
@@ -79,26 +81,28 @@ def layer_weights(dense: nn.Module, model: nn.Module) -> tuple[LayerWeights, ...
     )
 
 
-def _timing(bench: Bench, model: nn.Module, batch: int) -> Timing:
+def _timings(bench: Bench, model: nn.Module) -> Iterator[Timing]:
+    """By length, then batch size, then runtime; dense and pruned model in turns."""
     how = bench.trial.latency
+    lengths = how.lengths if bench.trial.data.name in TEXTS else (None,)
     device, dense = torch.device(bench.place.device), bench.dense.model
-    found = measure(
-        model.to(device),
-        move(bench.inputs(batch), device),
-        (how.runtime,),
-        baseline=dense.to(device),
-        threads=how.threads,
-        seconds=how.seconds,
-    )[how.runtime]
+    model.to(device), dense.to(device)
+    for length in lengths:
+        for batch in how.batches:
+            inputs = move(bench.task.example(batch, length or 1), device)
+            times = measure(model, inputs, how.runtimes, baseline=dense, threads=how.threads, seconds=how.seconds)
+            for found in times.latencies:
+                assert found.baseline_ms is not None and found.speedup is not None  # a baseline was passed
+                noise = (found.upper_ms - found.lower_ms) / found.median_ms
+                one = (found.baseline_ms, found.median_ms, found.speedup, noise)
+                yield Timing(batch, *one, runtime=found.runtime, length=length)
     model.cpu(), dense.cpu()
-    assert found.baseline_ms is not None and found.speedup is not None  # a baseline was passed
-    noise = (found.upper_ms - found.lower_ms) / found.median_ms
-    return Timing(batch, found.baseline_ms, found.median_ms, found.speedup, noise)
 
 
 def fingerprint(bench: Bench) -> dict[str, Any]:
     """What the numbers depend on: versions, machine, data, and the settings that all trials of a study share."""
     trial, place, latency = bench.trial, bench.place, bench.trial.latency
+    batches = ", ".join(map(str, latency.batches))
     return {
         **environment(),
         **({"commit": commit()} if commit() else {}),
@@ -112,7 +116,7 @@ def fingerprint(bench: Bench) -> dict[str, Any]:
             "training": str(trial.training),
             "fine-tuning": str(trial.tuning),
             "calibration": f"{trial.calibration} training samples",
-            "latency": f"batch {', '.join(map(str, latency.batches))}, {latency.runtime}, threads {latency.threads}",
+            "latency": f"batch {batches}, {', '.join(latency.runtimes)}, threads {latency.threads}",
         },
     }
 

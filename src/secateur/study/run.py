@@ -69,6 +69,7 @@ def prune_channels(bench: Bench) -> Stages:
         scope=method.scope,
         ignore=method.ignore,
         round_to=method.round_to,
+        prune_residual=method.prune_residual,
         repair=(),
         seed=trial.seed,
     )
@@ -143,7 +144,9 @@ def target_of(trial: Trial) -> Target:
     kept = 1 - trial.sparsity
     if trial.method.target == "macs":
         return Target(max_macs=kept)
-    return Target(max_params=kept) if trial.method.target == "params" else Target(sparsity=trial.sparsity)
+    if trial.method.target == "params":
+        return Target(max_params=kept, of=trial.method.of)
+    return Target(sparsity=trial.sparsity)
 
 
 def _penalised(bench: Bench) -> tuple[nn.Module, int]:

@@ -122,6 +122,7 @@ class Distillation(Table):
 
     temperature: float = Field(4.0, gt=0, description="softens both answers")
     weight: float = Field(0.9, ge=0, le=1, description="of the teacher in the loss")
+    hidden: float = Field(0.0, ge=0, description="of text: what multiplies the distance of hidden states (Jiao 2020)")
 
 
 class Method(Table):
@@ -137,6 +138,9 @@ class Method(Table):
     )
     target: Literal["sparsity", "macs", "params"] = Field(
         "sparsity", description="what sparsities are fractions of: channels (or weights), MACs, or parameters removed"
+    )
+    of: str | tuple[str, ...] | None = Field(
+        None, description="with target params: only the parameters of these modules count (patterns), such as *.encoder"
     )
     sparsities: tuple[Fraction, ...] | None = Field(None, description="for this method; by default the study's")
     scope: str | None = Field(None, description="what competes: layer, global, row, isomorphic")
@@ -159,6 +163,7 @@ class Method(Table):
     biases: bool = Field(False, description="of weights: biases too")
     propagate: bool = Field(False, description="of weights: each layer sees what the pruned ones before it give")
     round_to: int = Field(1, ge=1, description="of channels: widths that are multiples of it")
+    prune_residual: bool = Field(False, description="of channels: widths under LayerNorm and RMSNorm, too")
     penalty: Penalty | None = Field(None, description="training with a penalty first")
     distillation: Distillation | None = Field(None, description="learn from the dense model while fine-tuning")
     rewind: Literal["none", "weights"] = Field(
@@ -218,8 +223,9 @@ class Method(Table):
         given = {name for name, field in Method.model_fields.items() if getattr(self, name) != field.get_default()}
         foreign = {
             "channels": {"pattern", "within", "biases", "propagate", "hold", "rewind"},
-            "weights": {"round_to"},
-            "nothing": set(Method.model_fields) - {"criterion", "label", "prunes", "sparsities", "epochs", "target"},
+            "weights": {"round_to", "prune_residual", "of"},
+            "nothing": set(Method.model_fields)
+            - {"criterion", "label", "prunes", "sparsities", "epochs", "target", "of"},
         }[self.prunes]
         wrong = sorted(given & foreign)
         if wrong:
@@ -227,6 +233,8 @@ class Method(Table):
         kept, colon, of = self.pattern.partition(":") if isinstance(self.pattern, str) else ("1", ":", "2")
         if not (colon and kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)):
             raise InputError(f"pattern keeps n of m, such as '2:4', with 0 < n < m; got {self.pattern!r}.")
+        if self.of is not None and self.target != "params":
+            raise InputError("of says which parameters count: it goes with target = 'params'.")
         if self.prunes == "weights" and self.target != "sparsity":
             raise InputError("weights are pruned to a sparsity: masks save no MACs. Leave out target.")
         if self.prunes == "weights" and self.schedule == "layer_by_layer":
@@ -255,10 +263,24 @@ class Latency(Table):
     """How the time of one forward pass is measured: dense and pruned model in turns."""
 
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 64), min_length=1, description="batch sizes")
-    length: int = Field(128, ge=1, description="of text: tokens per sentence, for MACs as well")
-    runtime: str = Field("eager", description="eager, channels_last, compiled or onnxruntime")
+    length: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (
+        Field(128, description="of text: tokens per sentence; of several the last one is that of MACs")
+    )
+    runtime: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "eager", description="eager, eager_channels_last, compiled or onnxruntime, or several"
+    )
     threads: int = Field(1, ge=1, description="CPU threads")
-    seconds: float = Field(0.3, gt=0, description="per model and batch size")
+    seconds: float = Field(0.3, gt=0, description="per model, runtime, length and batch size")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of sentences, in tokens."""
+        return self.length if isinstance(self.length, tuple) else (self.length,)
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """By name."""
+        return (self.runtime,) if isinstance(self.runtime, str) else self.runtime
 
 
 class Reference(Table):
@@ -302,8 +324,13 @@ class Study(Table):
         for data in self.data:
             if data.name not in (*SOURCES, *TEXTS):
                 raise UnknownNameError("data set", data.name, (*SOURCES, *TEXTS))
-        if self.latency.runtime not in RUNTIMES:
-            raise UnknownNameError("runtime", self.latency.runtime, RUNTIMES)
+        taught = [method.title for method in self.methods if method.distillation and method.distillation.hidden]
+        images = [data.name for data in self.data if data.name not in TEXTS]
+        if taught and images:
+            raise InputError(f"{taught[0]}: hidden states are those of text classifiers; {images[0]} are images.")
+        for runtime in self.latency.runtimes:
+            if runtime not in RUNTIMES:
+                raise UnknownNameError("runtime", runtime, RUNTIMES)
         for what, found in (
             ("model", [net.title for net in self.models]),
             ("data set", [data.title for data in self.data]),

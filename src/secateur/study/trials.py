@@ -128,7 +128,7 @@ def controls_of(study: Study) -> list[Method]:
         target = first.target if first else "params"  # zeros cost what the parameters that are left would
         levels = wanted.smaller if isinstance(wanted.smaller, tuple) else _all_levels(study.methods, study)
         smaller = Method(criterion="smaller", prunes="nothing", label="smaller", sparsities=levels)
-        found.append(smaller.model_copy(update={"target": target}))
+        found.append(smaller.model_copy(update={"target": target, "of": first.of if first else None}))
     return found
 
 
