@@ -17,7 +17,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types contract slow fuzz results coupling studies clean
+.PHONY: help demo test check format lint types contract slow fuzz results coupling studies sst2 clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -64,6 +64,12 @@ studies: $(VENV)/.stamp-dev  ## Run the source documents' studies at the scale o
 		$(BIN)/secateur study report studies/$$name.toml --profile cpu --figures --out docs/studies/$$name && \
 		$(BIN)/secateur study rows studies/$$name.toml --profile cpu > docs/studies/$$name/rows.csv || exit 1; \
 	done
+
+runs/minilm: $(VENV)/.stamp-dev $(VENV)/.stamp-minilm
+	$(BIN)/python benchmarks/minilm.py $@
+
+sst2: runs/minilm  ## Run the studies of text classifiers on SST-2, and write their reports to docs/studies/
+	$(BIN)/python benchmarks/text_studies.py $(ARGS)
 
 clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) demo runs build htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -30,6 +30,11 @@ def text_classifier(name: Path | str, classes: Sequence[str], *, max_length: int
         config = AutoConfig.from_pretrained(name, **options)
         _refuse_decoder(config)
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, use_safetensors=True)
+    except ImportError as error:
+        raise InputError(
+            f"transformers cannot import the model of {str(name)!r}: {_first_line(error)} It imports torchvision where "
+            "that is installed, which must then be built for this torch."
+        ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -97,7 +97,7 @@ def measure(
     with ExitStack() as stack:
         for each in models.values():
             stack.enter_context(evaluating(each))
-        stack.enter_context(_threads(threads))
+        stack.enter_context(with_threads(threads))
         stack.enter_context(torch.no_grad())
         runs = {(name, which): prepare(name, each, inputs, threads) for name in names for which, each in models.items()}
         calls = {key: _warm_up(run, warmup, device) for key, run in runs.items()}
@@ -180,10 +180,11 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def _threads(threads: int) -> Iterator[None]:
+def with_threads(number: int) -> Iterator[None]:
+    """So many CPU threads in torch; as before afterwards."""
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(number)
         yield
     finally:
         torch.set_num_threads(before)

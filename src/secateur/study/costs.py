@@ -11,6 +11,7 @@ from torch import nn
 
 from secateur.batches import default_forward, default_loss, move, size_of
 from secateur.measuring import count
+from secateur.measuring.latency import with_threads
 from secateur.study.dense import Workplace
 from secateur.study.spec import Training
 from secateur.study.tasks import TRAIN_SAMPLES, Task
@@ -74,13 +75,14 @@ def _timed_rate(dense: Dense, place: Workplace) -> float:
     layout = torch.channels_last if training.channels_last else torch.preserve_format
     model.train().to(place.device, memory_format=layout)  # type: ignore[call-overload]
     seconds = float("inf")
-    for _ in range(2):  # the first warms up
-        start = time.perf_counter()
-        with torch.autocast(torch.device(place.device).type, torch.bfloat16, enabled=training.bf16):
-            loss = default_loss(default_forward(model, batch), batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())  # waits for the device
-        seconds = min(seconds, time.perf_counter() - start)
+    with with_threads(1):  # as in a worker
+        for _ in range(3):  # the first warms up
+            start = time.perf_counter()
+            with torch.autocast(torch.device(place.device).type, torch.bfloat16, enabled=training.bf16):
+                loss = default_loss(default_forward(model, batch), batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            float(loss.detach())  # waits for the device
+            seconds = min(seconds, time.perf_counter() - start)
     return seconds / (BACKWARD * one * size_of(batch))
 
 

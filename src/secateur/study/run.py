@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from secateur.coupling.groups import trace
@@ -16,6 +14,7 @@ from secateur.errors import ArtifactError
 from secateur.files import write_bytes
 from secateur.masking import make_masks
 from secateur.masks import Masks
+from secateur.measuring.latency import with_threads
 from secateur.plans import named_tensors
 from secateur.pruning import prune, prune_steps
 from secateur.recovery import from_scratch, rewound
@@ -40,7 +39,7 @@ def run_trial(trial: Trial, place: Workplace) -> Result:
     done = folder / "result.json"
     with suppress(FileNotFoundError, UnicodeDecodeError, ArtifactError):  # a damaged file is made anew
         return Result.from_json(done.read_text(encoding="utf-8"))
-    with threads(trial.latency.threads):
+    with with_threads(trial.latency.threads):
         task, dense = place.task(trial.dense), trained(trial.dense, place)
         bench = Bench(trial, place, task, dense, folder, task.calibration(trial.calibration, trial.seed))
         stages = METHODS[trial.method.prunes](bench)
@@ -171,14 +170,3 @@ def _repairs(bench: Bench) -> tuple[str, ...]:
 def _share(epochs: int, number: int, steps: int) -> int:
     """The epochs of step `number` of `steps`: equal parts, what is over to the last ones."""
     return epochs * number // steps - epochs * (number - 1) // steps
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """So many torch threads, as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
