@@ -351,7 +351,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path):
     path = write_report(records, tmp_path / "deep" / "report.html")
     page = _Page(path.read_text(encoding="utf-8"))
     assert page.links == ["data:,"]
-    assert page.rows == 1 + len(summarise(records)) + 1 + 2  # settings, and one method against the other
+    assert page.rows == 1 + len(summarise(records)) + 1 + 2 + 1 + 2  # settings, method against method, two layers
     assert {"s1-classic", "s1-drop", "s1-pareto-MACs", "s1-speedup", "s1-widths"} <= set(page.scripts)
     trials = {column["head"]: column for column in page.scripts["s1-trials"]["columns"]}
     assert trials["fine-tuned %"]["values"] == [round(100 * r.accuracy_finetuned, 2) for r in records]

@@ -29,11 +29,11 @@ from secateur.report import format as fmt
 from secateur.report.beside import beside, beside_sentence
 from secateur.report.charts import AXES, accuracy_over_cost, accuracy_over_sparsity, drop_over_sparsity
 from secateur.report.findings import choose, find
-from secateur.report.layers import sparsity_choices, width_choices
+from secateur.report.layers import sparsity_choices, width_choices, width_table
 from secateur.report.looks import curves_of
 from secateur.report.overview import families, family_of, panels
 from secateur.report.palette import DARK, GREYS, HUES
-from secateur.report.records import LayerWeights, Timing, studies
+from secateur.report.records import LayerWeights, LayerWidth, Timing, studies
 from secateur.report.statistics import pareto_front
 from secateur.report.tables import TRIAL_COLUMNS, setting_table, shown_columns, trial_table
 from secateur.report.thinning import thinned
@@ -626,6 +626,22 @@ def test_measured_times_are_means_in_a_table_of_what_got_smaller(tmp_path):
     assert len(table.heads) == len(table.rows[1]) == 2 + 8
     assert "### Measured time" in write_markdown(records, tmp_path / "r.md").read_text()
     assert "<h2>Measured time</h2>" in write_report(records, tmp_path / "r.html").read_text()
+
+
+def test_widths_of_the_highlighted_method_are_a_table_with_heads(tmp_path):
+    def widths(heads, units):
+        return (LayerWidth("query", 64, 16 * heads, 16), LayerWidth("inner", 96, units), LayerWidth("head", 2, 2))
+
+    records = [record(sparsity=0.2, widths=widths(3, 80)), record(sparsity=0.4, widths=widths(2, 60))]
+    records += [record("random", 0.4, widths=widths(1, 50), accuracy_finetuned=0.5)]
+    table = width_table(summarise(records), summarise(records)[0])
+    assert table.heads == ("layer", "dense", "20 % removed", "40 % removed")
+    heads = [f"{number} {fmt.CROSS} 16" for number in (4, 3, 2)]
+    assert table.rows == [("query", *heads), ("inner", "96", "80", "60")]  # the head stays
+    assert "### Width of each layer: l2" in write_markdown(records, tmp_path / "r.md").read_text()
+    assert "Layer by layer: l2" in write_report(records, tmp_path / "r.html").read_text()
+    masked = [record("magnitude", prunes="weights", widths=())]
+    assert width_table(summarise(masked), summarise(masked)[0]) is None
 
 
 def test_one_timing_needs_no_table_and_of_many_settings_the_rest_is_counted():

@@ -71,6 +71,7 @@ class Width:
     layer: str
     before: int
     after: int
+    block: int = 1  # positions that go together: a head's share of a projection
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,8 @@ class Plan:
             edits[attribute] = Edit(*attribute, before, edit.after)
         widths = {row.layer: row for row in self.widths}
         for row in later.widths:
-            widths[row.layer] = Width(
-                row.layer, widths[row.layer].before if row.layer in widths else row.before, row.after
-            )
+            first = widths.get(row.layer, row)
+            widths[row.layer] = replace(first, after=row.after, block=row.block if row.block == first.block else 1)
         return Plan(
             cuts=_composed(self.cuts, later.cuts),
             edits=tuple(edits.values()),
@@ -162,11 +162,12 @@ class Plan:
         return f"Plan({len(self.groups)} groups, {removed}, MACs {macs}, params {params})"
 
     def table(self) -> str:
-        """The per-layer table: one line per layer, width before -> after."""
+        """The per-layer table: one line per layer, width before -> after, and what these are blocks of: heads."""
         wide = max([len(row.layer) for row in self.widths], default=5)
         lines = [f"{'layer':<{wide}}  before   after  kept"]
         for row in self.widths:
-            lines.append(f"{row.layer:<{wide}}  {row.before:>6}  {row.after:>6}  {row.after / row.before:>4.0%}")
+            heads = f"  {row.before // row.block} -> {row.after // row.block} of {row.block}" if row.block > 1 else ""
+            lines.append(f"{row.layer:<{wide}}  {row.before:>6}  {row.after:>6}  {row.after / row.before:>4.0%}{heads}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -268,7 +269,7 @@ def _parsed(raw: dict[str, Any]) -> Plan:
         cuts=tuple(_parsed_cut(**cut) for cut in raw.pop("cuts")),
         edits=tuple(_parsed_edit(**edit) for edit in raw.pop("edits")),
         shapes={str(name): tuple(map(_index, shape)) for name, shape in raw.pop("shapes").items()},
-        widths=tuple(Width(str(w["layer"]), _index(w["before"]), _index(w["after"])) for w in raw.pop("widths")),
+        widths=tuple(map(_parsed_width, raw.pop("widths"))),
         channels=_pair(raw.pop("channels")),
         macs=_pair(raw.pop("macs")),
         params=_pair(raw.pop("params")),
@@ -279,6 +280,11 @@ def _parsed(raw: dict[str, Any]) -> Plan:
     if raw:
         raise PlanMismatchError(f"not a plan of this version: it also says {', '.join(sorted(raw))}.")
     return plan
+
+
+def _parsed_width(row: dict[str, Any]) -> Width:
+    block = _index(row.get("block", 1))  # plans of earlier versions have none
+    return Width(str(row["layer"]), _index(row["before"]), _index(row["after"]), max(block, 1))
 
 
 def _parsed_cut(tensor: Any, dim: Any, size: Any, kept: Any, fill: Any) -> Cut:

@@ -397,7 +397,11 @@ def _edits(graph: Graph, kept: Sequence[int]) -> Iterator[Edit]:
 def _widths(graph: Graph, cuts: Sequence[Cut], kept: Sequence[int]) -> Iterator[Width]:
     dense = [group.channels for group in graph.groups]
     after = {(cut.tensor, cut.dim): len(cut.kept) for cut in cuts}
+    blocks: dict[tuple[str, int], set[int]] = {}
+    for slot in (slot for group in graph.groups for slot in group.outputs):
+        blocks.setdefault((slot.tensor, slot.dim), set()).add(slot.indices.shape[1])
     for producer in graph.producers:
-        size = graph.shapes[producer.tensor][producer.dim]
-        left = after.get((producer.tensor, producer.dim), size)
-        yield Width(producer.layer, size * producer.copies.at(dense), left * producer.copies.at(kept))
+        place = (producer.tensor, producer.dim)
+        size, sizes = graph.shapes[producer.tensor][producer.dim], blocks.get(place, {1})
+        before, now = size * producer.copies.at(dense), after.get(place, size) * producer.copies.at(kept)
+        yield Width(producer.layer, before, now, sizes.pop() if len(sizes) == 1 else 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from secateur.report import format as fmt
 from secateur.report.looks import figure
 from secateur.report.palette import FAINT, HUES, INK
 from secateur.report.statistics import Summary
@@ -52,6 +54,35 @@ def width_choices(summaries: Sequence[Summary]) -> dict[str, Any]:
 def sparsity_choices(summaries: Sequence[Summary]) -> dict[str, Any]:
     """The sparsities of every setting, in thousandths: one bar per layer."""
     return _choices([[(_short(row.layer), 0) for row in s.layers] for s in summaries], [_gone(s) for s in summaries])
+
+
+@dataclass(frozen=True)
+class WidthTable:
+    """Per layer its width in the dense model and in each setting of one method; heads where channels go in blocks."""
+
+    method: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def width_table(summaries: Sequence[Summary], chosen: Summary) -> WidthTable | None:
+    """Of the method of the highlighted setting, at each of its sparsities; None where nothing got narrower."""
+    shown = [s for s in summaries if (s.method, s.scope, s.target) == (chosen.method, chosen.scope, chosen.target)]
+    rows = [[(row.layer, row.before) for row in s.widths] for s in shown]
+    if not rows[0] or any(row != rows[0] for row in rows):
+        return None
+    dense = [_width(row.before, row.block) for row in shown[0].widths]
+    cells = [[_width(row.after, row.block) for row in s.widths] for s in shown]
+    layers = [row.layer for row in shown[0].widths]
+    return WidthTable(
+        chosen.method,
+        ("layer", "dense", *(f"{fmt.share(s.sparsity)} % removed" for s in shown)),
+        [(layer, *row) for layer, *row in zip(layers, dense, *cells, strict=True) if len(set(row)) > 1],
+    )
+
+
+def _width(channels: int, block: int) -> str:
+    return f"{channels}" if block == 1 else f"{channels // block} {fmt.CROSS} {block}"
 
 
 def _short(layer: str) -> str:

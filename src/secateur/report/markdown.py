@@ -12,6 +12,7 @@ from secateur.report import format as fmt
 from secateur.report.beside import HEADS, Beside, beside, beside_sentence, sources_of
 from secateur.report.checks import failure_warning
 from secateur.report.findings import find
+from secateur.report.layers import width_table
 from secateur.report.overview import Panel, panels
 from secateur.report.records import Failure, Record, Reference, as_records, studies
 from secateur.report.sections import Duels, blocks, duel_table
@@ -93,6 +94,10 @@ def _section(model: str, data: str, records: Sequence[Record], summaries: Sequen
         yield "### Measured time\n"
         yield f"{timings.note}\n"
         yield markdown_rows(timings.heads, timings.rows)
+    widths = width_table(summaries, findings.chosen)
+    if widths:
+        yield f"### Width of each layer: {_plain(widths.method)}\n"
+        yield markdown_rows(widths.heads, widths.rows)
     for heading, values in blocks(records[0].fingerprint).items():
         yield f"- {heading}: {', '.join(f'{name} {value}' for name, value in values.items())}"
     yield ""

@@ -38,6 +38,7 @@ class LayerWidth(NamedTuple):
     layer: str
     before: int
     after: int
+    block: int = 1  # channels that go together: a head's share of a projection
 
 
 class LayerWeights(NamedTuple):

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from secateur.report import charts
 from secateur.report.comparing import Duel, duels
 from secateur.report.findings import Findings, find
-from secateur.report.layers import layer_sparsities, layer_widths, sparsity_choices, width_choices
+from secateur.report.layers import (
+    WidthTable,
+    layer_sparsities,
+    layer_widths,
+    sparsity_choices,
+    width_choices,
+    width_table,
+)
 from secateur.report.looks import hover_text, labels_of
 from secateur.report.records import Record
 from secateur.report.statistics import Summary, pareto_front, summarise
@@ -68,6 +75,7 @@ class Section:
     columns: Sequence[Column]
     duels: Duels | None
     timings: TimingTable | None
+    widths: WidthTable | None
     settings: str  # JSON: names, groups of the menus, texts of the hovers
     rows: str  # JSON of the table of settings, where they are many; else ""
     trials: str  # JSON of the table of single trials
@@ -94,6 +102,7 @@ def section(records: Sequence[Record], curves: Mapping[str, Curve] | None = None
         columns=shown_columns(summaries),
         duels=duel_table(records),
         timings=timing_table(summaries),
+        widths=width_table(summaries, findings.chosen),
         settings=inline(
             {
                 "names": [s.name for s in summaries],

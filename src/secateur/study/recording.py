@@ -50,7 +50,9 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
         speedup=last.speedup,
         latency_noise=last.noise,
         verified_difference=stages.difference,
-        widths=tuple(LayerWidth(row.layer, row.before, row.after) for row in stages.plan.widths) if stages.plan else (),
+        widths=tuple(LayerWidth(row.layer, row.before, row.after, row.block) for row in stages.plan.widths)
+        if stages.plan
+        else (),
         seconds=seconds,
         validation_dense=dense.scores.validation,
         validation_finetuned=scores.validation,
