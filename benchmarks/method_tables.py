@@ -57,6 +57,9 @@ def _headline(title: str, rows: Sequence[Row], dense: float) -> list[str]:
 
 def _channels(title: str, rows: Sequence[Row]) -> list[str]:
     direct, tuned = ([row for row in rows if row["stage"] == stage] for stage in ("direct", "tuned"))
+    seeds_of = [{row["seed"] for row in tuned if row["criterion"] == name} for name in {r["criterion"] for r in tuned}]
+    shared = set.intersection(*seeds_of) if seeds_of else set()
+    tuned = [row for row in tuned if row["seed"] in shared]
     levels, tuned_levels = sorted({row["level"] for row in direct}), sorted({row["level"] for row in tuned})
     header = ["criterion (scope)", "seeds", *(f"{level:.0%}" for level in levels)]
     header += [f"{level:.0%}, fine-tuned" for level in tuned_levels]
@@ -75,7 +78,8 @@ def _channels(title: str, rows: Sequence[Row]) -> list[str]:
     return [
         f"### {title}: channels removed, just cut -> repaired",
         "",
-        "Levels are fractions of the channels of every group (scope layer), or of all channels (other scopes).",
+        "Levels are fractions of the channels of every group (scope layer), or of all channels (other scopes). "
+        f"Fine-tuned: seeds {', '.join(map(str, sorted(shared))) or 'none'}, which all criteria that were have.",
         "",
         *_table(header, [[f"{name} ({scope})", *cells((name, scope))] for name, scope in settings]),
         "",
