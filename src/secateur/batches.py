@@ -17,16 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import InputError
+from secateur.tokens import check_batch
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """The output of the model on a batch: `model(x)` for `(x, y)` or a bare tensor, `model(**batch)` for a Mapping."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch if isinstance(batch, Tensor) else _pair(batch)[0])
+    """The output of the model on a batch: `model(x)` for `(x, y)` or a bare tensor, `model(**batch)` for a Mapping.
+
+    Raises InputError for token ids that a language model does not embed, and for more of them than it has positions.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(batch if isinstance(batch, Tensor) else _pair(batch)[0])
+    except IndexError:
+        check_batch(model, batch)  # looked at only now: on a GPU it would wait for the numbers
+        raise
 
 
 def default_loss(output: Any, batch: Any, *, label_smoothing: float = 0.0) -> Tensor:

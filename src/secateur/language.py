@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from secateur.batches import logits_of
 from secateur.errors import DataError, InputError
 from secateur.inputs import evaluating
+from secateur.tokens import check_length, check_tokens, check_vocabulary
 
 
 def text_classifier(name: Path | str, classes: Sequence[str], *, max_length: int = 128) -> tuple[nn.Module, Any]:
@@ -56,18 +57,8 @@ def text_tokenizer(name: Path | str) -> Any:
 
 def check_tokenizer(model: nn.Module, tokenizer: Any, max_length: int) -> None:
     """Raise InputError where the model has no embedding for a token or a position that the tokenizer may give."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    size, known = embeddings.weight.shape[0], len(tokenizer)
-    if known > size:
-        raise InputError(
-            f"the tokenizer has {known:,} tokens, the model embeds {size:,}: they do not belong together. Load both "
-            "from the same place, or call model.resize_token_embeddings(len(tokenizer)) before training."
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and max_length > positions:
-        raise InputError(
-            f"max_length={max_length} exceeds the model's {positions} positions: pass max_length={positions} or less."
-        )
+    check_vocabulary(model, tokenizer)
+    check_length(model, max_length, "max_length")
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,8 @@ def perplexity(model: nn.Module, tokens: Tensor, *, length: int, stride: int | N
         tokens: (n,) token ids.
         length, stride: in tokens; stride at most length.
 
-    Raises DataError for a text shorter than one window, InputError for other settings out of range.
+    Raises DataError for a text shorter than one window; InputError for other settings out of range, windows longer than
+    the model has positions, tokens that it does not embed, and a model that gives no logits for every token.
     """
     step = length if stride is None else stride
     if not (isinstance(length, int) and isinstance(step, int) and 0 < step <= length and length > 1):
@@ -106,6 +98,8 @@ def perplexity(model: nn.Module, tokens: Tensor, *, length: int, stride: int | N
         raise InputError(f"tokens is one sequence of token ids, (n,); got {list(tokens.shape)} {tokens.dtype}.")
     if len(tokens) < length:
         raise DataError(f"the text has {len(tokens):,} tokens, fewer than one window of {length:,}: use a longer text.")
+    check_length(model, length)
+    check_tokens(model, tokens)
     device = next(model.parameters()).device
     total, count, seen = 0.0, 0, 0
     with torch.no_grad(), evaluating(model):
@@ -115,8 +109,12 @@ def perplexity(model: nn.Module, tokens: Tensor, *, length: int, stride: int | N
             fresh = min(end - seen, len(window) - 1)  # a window's first token has no context in it
             if fresh > 0:
                 logits = logits_of(model(window[None]))
-                if logits is None:
-                    raise InputError("the model's output has no logits: pass a causal language model.")
+                if logits is None or logits.dim() != 3 or logits.shape[1] != len(window):
+                    shape = "no logits" if logits is None else f"logits {list(logits.shape)}"
+                    raise InputError(
+                        f"the model gives {shape} for {len(window)} tokens, not one row per token: pass a causal "
+                        "language model."
+                    )
                 predicted = logits[0, -fresh - 1 : -1].float()
                 total += float(F.cross_entropy(predicted, window[-fresh:], reduction="sum"))
                 count += fresh
