@@ -17,6 +17,8 @@ from typing import Any
 
 from coupling_tables import headline_lines, protocol_line
 from exports import section_lines
+from language_tables import gpu_section_lines as gpu_language_lines
+from language_tables import section_lines as language_lines
 from method_tables import section_lines as method_lines
 from observing import section_lines as observing_lines
 from report_size import section_lines as report_lines
@@ -184,6 +186,8 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "cifar10_resnet20": cifar10_resnet20,
     "coupling": coupling,
     "exports": exports,
+    "gpu_language_models": lambda results, file: "\n".join(gpu_language_lines(results, file)),
+    "language_models": lambda results, file: "\n".join(language_lines(results, file)),
     "observing": lambda results, file: "\n".join(observing_lines(results, file)),
     "methods": lambda results, file: "\n".join(method_lines(results, file)),
     "report_size": lambda results, file: "\n".join(report_lines(results, file)),
