@@ -25,14 +25,19 @@ def sparsegpt_rows(
     `gram`: (groups, in / groups * taps, the same), the mean of the input's second moments; 0.01 of its mean diagonal is
     added to the diagonal. floor(`fraction` * n) of the n weights go, or with `pattern` (n, m) all but n of every m
     consecutive inputs at each tap; weights of inputs that were always zero cost nothing. `gone`: entries that are zero
-    already; they count. The result is float64.
+    already; they count. The result is float64, on the weight's device.
     Source: Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
     """
     _, inputs, taps = weight.shape
-    by_tap = torch.arange(inputs * taps).reshape(inputs, taps).T.flatten()  # so that an n:m group is of one tap
+    device = weight.device
+    by_tap = (
+        torch.arange(inputs * taps, device=device).reshape(inputs, taps).T.flatten()
+    )  # so that an n:m group is of one tap
     matrix = weight.flatten(1)[:, by_tap].double()
-    old = torch.zeros_like(matrix, dtype=torch.bool) if gone is None else gone.flatten(1)[:, by_tap]
-    parts = zip(matrix.chunk(len(gram)), gram, old.chunk(len(gram)), _counts(old, len(gram), fraction), strict=True)
+    old = torch.zeros_like(matrix, dtype=torch.bool) if gone is None else gone.to(device).flatten(1)[:, by_tap]
+    parts = zip(
+        matrix.chunk(len(gram)), gram.to(device), old.chunk(len(gram)), _counts(old, len(gram), fraction), strict=True
+    )
     swept = [
         _swept(part, hessian[by_tap][:, by_tap].double(), was, counts, pattern) for part, hessian, was, counts in parts
     ]
@@ -67,7 +72,7 @@ def _swept(
     every = width if pattern is None else pattern[1]  # columns that choose their zeros together
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        errors = torch.zeros(rows, stop - start, dtype=matrix.dtype)
+        errors = matrix.new_zeros(rows, stop - start)
         for column in range(start, stop):
             if (column - start) % every == 0:
                 ahead = slice(column, min(column + every, stop))
@@ -100,5 +105,5 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _all_but_lowest(costs: Tensor, count: int) -> Tensor:
-    keep = torch.ones(costs.shape, dtype=torch.bool)
+    keep = torch.ones_like(costs, dtype=torch.bool)
     return keep.scatter_(1, costs.argsort(dim=1, stable=True)[:, :count], False)
