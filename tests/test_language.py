@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from pretrained_for_tests import library
+from secateur.artifacts import save
 from secateur.data.text import BUCKET, Sentences, TextBatches, sst2, text_windows, tokenised, wordpiece
-from secateur.errors import DataError, InputError
+from secateur.errors import DataError, ExampleInputsError, InputError
 from secateur.language import check_tokenizer, perplexity, text_classifier
+from secateur.layerwise import prune_layerwise, prune_layerwise_
+from secateur.masking import make_masks
+from secateur.plans import named_tensors
+from secateur.pruning import prune
+from secateur.repairing import repair
+from test_layerwise import language_model
 
 CORPUS = ["a fine film", "a dull film", "truly fine acting", "dull dull dull", "not a fine plot", "fine"]
 
@@ -156,6 +163,73 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no padding token"):
         tokenised(["a"], torch.tensor([0]), ("x",), SimpleNamespace(pad_token_id=None), max_length=4, name="t")
     check_tokenizer(decoder, wordpiece(CORPUS, 50), 16)
+
+
+LONG, FOREIGN = torch.zeros(2, 33, dtype=torch.long), torch.full((2, 8), 40)
+SHORT = torch.arange(16).reshape(2, 8)
+LONG_SAID, FOREIGN_SAID = "33 tokens are longer than the model's 32 positions", "token id 40 is none of the 40 that"
+
+
+@pytest.mark.parametrize(("batch", "said"), [(LONG, LONG_SAID), (FOREIGN, FOREIGN_SAID), (FOREIGN - 41, "token id -1")])
+@pytest.mark.parametrize("form", ["tensor", "mapping"])
+def test_tokens_that_the_model_cannot_look_up_are_named(batch: Tensor, said: str, form: str) -> None:
+    model: Any = language_model("gpt2")
+    wrong, right = ({"input_ids": t} if form == "mapping" else t for t in (batch, SHORT))
+    before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    with pytest.raises(InputError, match=said):
+        prune_layerwise_(model, [right, wrong], "wanda", sparsity=0.5, progress=False)
+    with pytest.raises(InputError, match=said):
+        prune_layerwise_(model, iter([wrong]), "wanda", sparsity=0.5, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in named_tensors(model).items())
+    with pytest.raises(InputError, match=said):
+        make_masks(model, "wanda", 0.5, data=[wrong])
+    with pytest.raises(ExampleInputsError, match=f"the example inputs do not fit the model: .*{said}"):
+        prune(model, wrong, sparsity=0.5)
+    with pytest.raises(InputError, match=said):
+        prune(model, right, sparsity=0.5, criterion="activation_mean", data=[wrong])
+    small = prune(model, right, sparsity=0.5)
+    with pytest.raises(InputError, match=said):
+        repair(small.model, [wrong], dense=model, plan=small.plan)
+
+
+def test_no_block_runs_before_the_last_batch_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = language_model("llama")  # its positions are computed: nothing would fail
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model was run"))
+    for batch, said in ((LONG, LONG_SAID), (FOREIGN, FOREIGN_SAID)):
+        with pytest.raises(InputError, match=said):
+            prune_layerwise(model, [SHORT, batch], "wanda", sparsity=0.5)
+    with pytest.raises(InputError, match="length=33 exceeds the model's 32 positions: pass length=32 or less"):
+        perplexity(model, torch.zeros(40, dtype=torch.long), length=33)
+    with pytest.raises(InputError, match=FOREIGN_SAID):
+        perplexity(model, torch.arange(41), length=32)
+    with pytest.raises(DataError, match="20 tokens, fewer than one window of 32"):
+        perplexity(model, torch.arange(20), length=32)
+
+
+def test_a_position_table_with_rows_for_padding_holds_fewer_tokens() -> None:
+    t = library()
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = t.RobertaConfig(**shape, vocab_size=60, max_position_embeddings=18, pad_token_id=1)
+    model = t.RobertaForSequenceClassification(config).eval()
+    with pytest.raises(InputError, match="max_length=17 exceeds the model's 16 positions"):
+        check_tokenizer(model, wordpiece(CORPUS, 50), 17)
+    check_tokenizer(model, wordpiece(CORPUS, 50), 16)
+    model(torch.full((1, 16), 5))
+    with pytest.raises(ExampleInputsError, match="17 tokens are longer than the model's 16 positions"):
+        prune(model, torch.full((1, 17), 5), sparsity=0.5)
+
+
+def test_perplexity_needs_logits_for_every_token(tmp_path: Path) -> None:
+    model, _ = text_classifier(classifier_folder(tmp_path), ("bad", "good"), max_length=16)
+    with pytest.raises(InputError, match=r"gives logits \[1, 2\] for 8 tokens, .*pass a causal language model"):
+        perplexity(model, torch.arange(16), length=8)
+
+
+def test_a_tokenizer_of_another_model_is_not_saved_with_it(tmp_path: Path) -> None:
+    model: Any = language_model("gpt2")
+    with pytest.raises(InputError, match=r"tokenizer has \d+ tokens, the model embeds 40: they do not belong together"):
+        save(model, tmp_path / "folder", tokenizer=wordpiece([*CORPUS, "quick brown vixens jump over hedges"], 60))
+    assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.skipif(

@@ -305,7 +305,7 @@ def test_layers_are_chosen_by_name_pattern_module_and_owner() -> None:
         "pattern": ("*out_proj*", {"attention.out_proj.weight"}),
         "tensor": (["widen.weight"], {"widen.weight"}),
         "module": (model.widen, {"widen.weight"}),
-        "a tied one, by the layer": (["unembed"], {"embedding.weight"}),
+        "a tied one, by both sides": (["unembed", model.embedding], {"embedding.weight"}),
     }
     for within, names in chosen.values():
         assert set(sc.make_masks(model, sparsity=0.5, within=within).keep) == names

@@ -28,6 +28,7 @@ from secateur.plans import Plan, check_shapes, tensor_shapes
 from secateur.pretrained import Saveable, build, is_pretrained, write_description
 from secateur.shrinking import shrink
 from secateur.tensorfiles import DTYPES, Entry, check_entries, clipped, read_header, read_tensors, with_metadata
+from secateur.tokens import check_vocabulary
 
 FORMAT = "1"
 TENSORS = "model.safetensors"  # in a folder; the name that other tools look for
@@ -77,7 +78,7 @@ def save(
     that are not persistent too. `load` needs nothing but the folder then.
 
     Raises PlanMismatchError when model and plan do not belong together, ArtifactError when the model cannot be saved
-    without pickle or in this form, or the file cannot be written.
+    without pickle or in this form, or the file cannot be written, InputError for a tokenizer of another model.
     """
     if not isinstance(model, nn.Module) and isinstance(model, PlannedModel):
         # The last step of `prune_steps` has a plan from the step before, and in `total` the one from the dense model.
@@ -85,6 +86,8 @@ def save(
         model = model.model
     check_model(model)
     as_folder = _as_folder(path, model, tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
     tensors = {name: _savable(name, tensor) for name, tensor in _tensors(model, transient=as_folder).items()}
     _check_no_objects(model)
     shapes = tensor_shapes(model)

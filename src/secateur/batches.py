@@ -32,7 +32,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return model(**batch)
         return model(batch if isinstance(batch, Tensor) else _pair(batch)[0])
-    except IndexError:
+    except (IndexError, RuntimeError):
         check_batch(model, batch)  # looked at only now: on a GPU it would wait for the numbers
         raise
 

@@ -27,6 +27,8 @@ from secateur.masking import WEIGHT_METHODS, Pattern, asked_of, make_masks
 from secateur.masks import Masks
 from secateur.plans import named_tensors, tensor_shapes
 from secateur.tensorfiles import read_header, read_tensors, with_metadata
+from secateur.tokens import check_batch
+from secateur.weightlayers import holders
 
 _SETTINGS = "secateur.layerwise"
 
@@ -110,7 +112,8 @@ def prune_layerwise_(
         progress: None shows a line per block where standard error is a terminal; or a function (number, blocks, Block).
 
     Raises InputError for a model without such blocks, DataError for data without batches, TargetError and InputError
-    as `make_masks` does, before any work; ArtifactError for a checkpoint of another run.
+    as `make_masks` does, before any work: for sequences longer than the model has positions, tokens that it does not
+    embed and weights tied to something outside their block, too. ArtifactError for a checkpoint of another run.
 
     Sources: Frantar and Alistarh 2023, arXiv 2301.00774, section 3; Sun 2023, arXiv 2306.11695.
     """
@@ -118,7 +121,10 @@ def prune_layerwise_(
     check_weights(model)
     chosen = _blocks_of(model, blocks)
     settings = _Settings(method, sparsity, pattern, _scope(method, scope), within, ignore, propagate, seed)
-    settings.check(next(iter(chosen.values())), data is not None)
+    for name, block in chosen.items():
+        settings.check(model, name, block, data is not None)
+    for batch in data if isinstance(data, Sequence) else ():
+        _check_batch(model, batch)
     files = None if checkpoint is None else _Checkpoints(Path(checkpoint), settings, model)
     tell = _display(progress)
     with _evaluating(model), torch.no_grad():
@@ -195,9 +201,9 @@ class _Settings:
             forward=_run,
         )
 
-    def check(self, block: nn.Module, has_data: bool) -> None:
-        """Raise what `make_masks` raises about settings, before anything is run."""
-        asked_of(
+    def check(self, model: nn.Module, name: str, block: nn.Module, has_data: bool) -> None:
+        """Raise what `make_masks` raises about settings, and InputError for a weight tied to one outside the block."""
+        _, layers, _ = asked_of(
             block,
             self.method,
             self.sparsity,
@@ -208,6 +214,15 @@ class _Settings:
             self.ignore,
             propagate=self.propagate,
         )
+        own, everywhere = holders(block), holders(model)
+        for layer in layers:
+            weight = id(named_tensors(block)[layer.name])
+            outside = sorted(set(everywhere[weight]) - {f"{name}.{part}" for part in own[weight]})
+            if outside:
+                raise InputError(
+                    f"{layer.name!r} of block {name!r} is one tied weight with {outside[0]!r}, outside the block, and "
+                    "would be pruned there, too: pass ignore= with it, or use make_masks."
+                )
 
 
 def _scope(method: str, scope: str | None) -> str | None:
@@ -303,7 +318,7 @@ def _calls(
     device = next(model.parameters()).device
     try:
         for batch in data:
-            _check_finite(batch)
+            _check_batch(model, batch)
             last.clear()
             forward(model, move(batch, device))
     finally:
@@ -334,7 +349,8 @@ def _pass_on(block: nn.Module, calls: Sequence[_Call], following: Sequence[_Call
         call.hidden = None
 
 
-def _check_finite(batch: Any) -> None:
+def _check_batch(model: nn.Module, batch: Any) -> None:
+    check_batch(model, batch)
     tensor = first_tensor(batch)
     if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise DataError("a batch of the data holds NaN or infinity.")

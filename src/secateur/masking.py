@@ -26,7 +26,7 @@ from secateur.schedules import resolve as resolve_schedule
 from secateur.sparsegpt import sparsegpt_rows
 from secateur.synflow import ROUNDS, flow, positive, synflow_scores
 from secateur.targets import Target
-from secateur.weightlayers import WeightLayer, weight_layers
+from secateur.weightlayers import Side, WeightLayer, check_whole, named_layers, weight_layers
 
 Pattern = str | tuple[int, int] | None
 Scores = Mapping[str, Tensor]  # per layer (out, in / groups, taps)
@@ -112,11 +112,12 @@ def make_masks(
     needs no sparsity; (a, b) removes whole blocks of outputs x inputs at each tap, by the sum of their scores.
 
     `data`: batches for criteria that look at them. `within`, `ignore`: layers to prune or to spare: modules, names or
-    patterns; by default all convolutions, linear maps and attention projections. `biases`: prune biases too, each
-    vector of them as one unit. `propagate`: measure layer by layer in order of execution, each with the layers before
-    it already pruned, as Wanda's paper does; otherwise all on the model as it is, in one pass. By default only
-    SparseGPT does. `masks`: weights that went before; they stay zero and count. New weights that those masks bring are
-    not looked at: to go on from them, pass `masks.apply(model)` as the model. Ties go in order of position.
+    patterns; by default all convolutions, linear maps and attention projections. A tied weight, such as a language
+    model's head, is pruned where `within` names both sides, spared where `ignore` names one. `biases`: prune biases
+    too, each vector of them as one unit. `propagate`: measure layer by layer in order of execution, each with the
+    layers before it already pruned, as Wanda's paper does; otherwise all on the model as it is, in one pass. By default
+    only SparseGPT does. `masks`: weights that went before; they stay zero and count. New weights that those masks bring
+    are not looked at: to go on from them, pass `masks.apply(model)` as the model. Ties go in order of position.
 
     Raises InputError, TargetError or UnknownNameError for what makes no sense, PlanMismatchError for masks of another
     model: before any work.
@@ -274,13 +275,19 @@ def _fractions(layers: Sequence[WeightLayer], sparsity: float | Mapping[str, flo
     if not isinstance(sparsity, Mapping):
         return {layer.name: sparsity for layer in layers}
     found: dict[str, float] = {}
-    for pattern, fraction in sparsity.items():
-        hits = [layer for layer in layers if fnmatchcase(layer.name, pattern) or fnmatchcase(layer.module, pattern)]
-        if not hits:
+
+    def names(side: Side, pattern: str) -> bool:
+        return fnmatchcase(side.name, pattern) or fnmatchcase(side.module, pattern)
+
+    for pattern in sparsity:
+        if not any(names(side, pattern) for layer in layers for side in layer.sides):
             raise TargetError(
                 f"sparsity= names {pattern!r}, which matches none of: {', '.join(x.name for x in layers)}."
             )
-        for layer in hits:
+    chosen = named_layers(layers, list(sparsity), names, "sparsity")
+    check_whole(chosen, [pattern for pattern, fraction in sparsity.items() if fraction], names, "sparsity")
+    for pattern, fraction in sparsity.items():
+        for layer in (each for each in chosen if any(names(side, pattern) for side in each.sides)):
             if found.setdefault(layer.name, fraction) != fraction:
                 raise TargetError(f"sparsity= asks for {found[layer.name]} and for {fraction} of {layer.name!r}.")
     return {layer.name: found.get(layer.name, 0.0) for layer in layers}

@@ -26,9 +26,8 @@ def positions_of(model: nn.Module) -> int | None:
         return None
     embedding = _embedding(model)
     for module in model.modules():
-        table = isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings == declared
-        if table and module.padding_idx is not None:
-            return declared - int(module.padding_idx) - 1
+        if isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings == declared:
+            return declared if module.padding_idx is None else declared - module.padding_idx - 1
     return declared
 
 
@@ -71,13 +70,13 @@ def check_batch(model: nn.Module, batch: Any) -> None:
     tokens = _tokens_of(batch)
     if tokens is None or vocabulary_of(model) is None:
         return
-    check_tokens(model, tokens)
     positions, length = positions_of(model), tokens.shape[1]
     if positions is not None and length > positions:
         raise InputError(
-            f"a batch of the data holds sequences of {length} tokens, the model has {positions} positions: cut them "
-            f"to windows of {positions} or less."
+            f"sequences of {length} tokens are longer than the model's {positions} positions: cut them to {positions} "
+            "or less."
         )
+    check_tokens(model, tokens)
 
 
 def _embedding(model: nn.Module) -> Any:

@@ -35,6 +35,7 @@ from secateur.inputs import (
     uncollected,
 )
 from secateur.plans import Replacement, replaced, tensor_shapes
+from secateur.tokens import check_batch
 
 IGNORED = "ignored by the caller"
 FORMS = ("live", "graph")
@@ -256,10 +257,20 @@ def _record(private: nn.Module, inputs: Inputs, model: nn.Module) -> Tape:
     except SecateurError:
         raise
     except Exception as error:
+        if isinstance(error, (IndexError, RuntimeError)):
+            _explain(model, inputs, error)
         given = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in inputs.tensors())
         raise ExampleInputsError(
             f"the model's forward raised {type(error).__name__} on the example inputs ({given}): {error}"
         ) from error
+
+
+def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> None:
+    """Raise ExampleInputsError where token ids or their number tell why an index was out of range."""
+    try:
+        check_batch(model, inputs.kwargs or inputs.args)
+    except InputError as found:
+        raise ExampleInputsError(f"the example inputs do not fit the model: {found}") from error
 
 
 def _ignored_modules(model: nn.Module, ignore: Iterable[str | nn.Module]) -> set[str]:
