@@ -498,15 +498,21 @@ def _sparsegpt(
     for layer in _order(model, layers, source):
         facts = source.evidence(sparse, ("gram",), [layer.name]) if in_turn or facts is None else facts
         gram = facts.sums["gram"][layer.name] / facts.sums["gram_rows"][layer.name]
-        weight = layer.rows(facts.tensors[layer.name].cpu())
-        gone = ~layer.rows(before[layer.name]) if layer.name in before else torch.zeros(weight.shape, dtype=torch.bool)
+        weight = layer.rows(_in_double(facts.tensors[layer.name]))
+        gone = ~layer.rows(before[layer.name]) if layer.name in before else None
         pattern = choice.pattern[1:] if choice.pattern is not None else None
         new, kept = sparsegpt_rows(weight, gram, choice.fractions[layer.name], pattern, gone)
-        keep[layer.name] = layer.from_rows(kept)
-        values[layer.name] = layer.from_rows(new).to(facts.tensors[layer.name].dtype)
+        keep[layer.name] = layer.from_rows(kept).cpu()
+        new = layer.from_rows(new).to(facts.tensors[layer.name].dtype)
+        values[layer.name] = new.cpu()
         if in_turn:
-            _write_(sparse, layer.name, values[layer.name].to(facts.tensors[layer.name].device))
+            _write_(sparse, layer.name, new.to(facts.tensors[layer.name].device))
     return keep, values
+
+
+def _in_double(tensor: Tensor) -> Tensor:
+    """On its device where that knows float64, else on the CPU."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _synflow(

@@ -39,7 +39,8 @@ class Epoch:
 
     def __str__(self) -> str:
         rate = self.samples / self.seconds if self.seconds else math.inf
-        return f"epoch {self.number + 1}: loss {self.loss:.4f}, accuracy {self.accuracy:.2%}, {rate:,.0f} samples/s"
+        known = "" if math.isnan(self.accuracy) else f", accuracy {self.accuracy:.2%}"
+        return f"epoch {self.number + 1}: loss {self.loss:.4f}{known}, {rate:,.0f} samples/s"
 
 
 @dataclass(frozen=True, eq=False)
