@@ -95,6 +95,40 @@ def test_the_hugging_face_example_takes_a_model_of_ones_own(tmp_path: Path, caps
     assert (tmp_path / "small" / "model.safetensors").is_file()
 
 
+@needs_transformers
+def test_the_causal_example_opens_both_models_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("causal_lm")
+    module.main(["--epochs", "5", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "50.0% of the blocks' weights are zero" in printed and "layers fitted by least squares" in printed
+    dense, sparse, small = map(float, re.findall(r"perplexity ([\d.]+)", printed))
+    assert dense < 2.5 and sparse < 1.1 * dense and small < 1.1 * dense
+    assert printed.count("the music was not slow so we stayed .") == 3
+    before, *_, after = macs(printed)
+    assert after <= 0.7 * before * 1.01
+
+    sparse_again = module.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert 0.49 < module.zero_share(sparse_again, ["model.layers.0.mlp.up_proj.weight"]) < 0.51
+    small_again = sc.load(tmp_path / "small")
+    assert small_again.model.layers[0].mlp.up_proj.out_features < small_again.config.intermediate_size
+    tokenizer = module.AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert module.goes_on(small_again, tokenizer, "the plot was funny").endswith("so we stayed .")
+
+
+@needs_transformers
+def test_the_causal_example_takes_a_model_and_a_text_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("causal_lm")
+    model, tokenizer = module.tiny_llama()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "own")
+    (tmp_path / "text").write_text(module.reviews(400, seed=3))
+    module.main(["--model", str(tmp_path / "own"), "--text", str(tmp_path / "text"), "--out", str(tmp_path / "pruned")])
+    assert "bit for bit" in capsys.readouterr().out
+    assert (tmp_path / "pruned" / "small" / "model.safetensors").is_file()
+
+
 @pytest.mark.skipif(not (find_spec("transformers") and find_spec("accelerate")), reason="needs secateur[trainer]")
 def test_weights_go_along_a_schedule_in_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     example("in_the_trainer").main()
