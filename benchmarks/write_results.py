@@ -25,6 +25,7 @@ from report_size import section_lines as report_lines
 from scaling import section_lines as scaling_lines
 from study_kills import section_lines as kill_lines
 from study_overhead import section_lines as overhead_lines
+from vision_tables import section_lines as vision_lines
 
 HERE = Path(__file__).resolve().parent
 INTRODUCTION = """\
@@ -194,6 +195,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "scaling": scaling,
     "study_kills": lambda results, file: "\n".join(kill_lines(results, file)),
     "study_overhead": lambda results, file: "\n".join(overhead_lines(results, file)),
+    "vision_transformers": lambda results, file: "\n".join(vision_lines(results, file)),
 }
 
 
