@@ -30,7 +30,7 @@ def test_both_nets_lose_heads_units_and_widths(tmp_path: Path, monkeypatch: pyte
     assert [row["net"] for row in dense] == [row["net"] for row in pruned] == ["timm", "transformers"]
     for before, after in zip(dense, pruned, strict=True):
         assert after["macs"] < 0.35 * before["macs"] and after["params"] < 0.4 * before["params"]
-        assert after["verified_difference"] < 1e-6 and "tuned_test" in after and before["train_seconds"] > 0
+        assert after["verified_difference"] < 1e-6 and "tuned_test" in after
         assert [one["batch"] for one in after["latency"]] == [1, 16]
     assert dense[0]["params"] == pytest.approx(dense[1]["params"], rel=0.02)
     assert run(tmp_path, "--what", "all", "--levels", "0.5") == rows  # nothing is done twice
