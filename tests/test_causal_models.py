@@ -115,7 +115,9 @@ def output_error(dense: Any, model: Any, batches: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["heads and units", "residual stream too"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("gpt2", "llama") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_least_squares_on_calibration_windows_brings_the_outputs_back(kind: str, residual: bool) -> None:
     dense: Any = language_model(kind).float()
     stream = torch.randint(VOCABULARY, (2000,), generator=torch.Generator().manual_seed(1))
