@@ -313,6 +313,7 @@ def test_ctrl_c_in_the_demo_says_how_to_go_on(tmp_path, monkeypatch):
     assert str(tmp_path) in result.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_prints_its_table_and_where_the_report_is(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     import secateur.demo

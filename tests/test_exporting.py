@@ -182,7 +182,7 @@ def test_one_example_leaves_the_batch_open(tmp_path: Path) -> None:
     assert_same(run_file(path, x), model.eval()(x))
 
 
-@FORMATS
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=pytest.mark.slow)])
 def test_attention_over_any_length_with_keywords_and_a_dataclass(tmp_path: Path, suffix: str) -> None:
     model, path = Encoder().train(), tmp_path / f"net{suffix}"
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])

@@ -361,6 +361,7 @@ def test_a_hook_that_changes_the_output_still_does() -> None:
 # -- other programs --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_compiles_into_one_graph() -> None:
     small, _ = shrunk(dense())
     torch._dynamo.reset()
