@@ -17,7 +17,7 @@ from secateur.masks import Masks
 from secateur.measuring.latency import with_threads
 from secateur.plans import named_tensors
 from secateur.pruning import prune, prune_steps
-from secateur.recovery import from_scratch, rewound
+from secateur.recovery import rewound
 from secateur.regularising import GammaPenalty, GroupPenalty, WeightPenalty
 from secateur.repairing import DEFAULT_STEPS, repair, repairable
 from secateur.schedules import resolve as resolve_schedule
@@ -124,15 +124,17 @@ def mask_weights(bench: Bench) -> Stages:
 
 
 def prune_nothing(bench: Bench) -> Stages:
-    """The controls: the dense model fine-tuned as long, and a narrower one trained from scratch as long."""
+    """The controls: the dense model fine-tuned as long, and a narrower one trained from scratch as long.
+
+    The narrower one is a random part of a network fresh from its constructor: whatever that draws, it has drawn.
+    """
     trial, epochs = bench.trial, bench.trial.epochs
     if trial.method.criterion == "unpruned":
         return Stages(bench.dense.model, None, bench.train(bench.dense.model, "tune 1", epochs))
     wide = bench.task.fresh(trial.net, trial.seed)
     narrow = prune(wide, bench.example, criterion="random", target=target_of(trial), scope="layer", seed=trial.seed)
-    fresh = from_scratch(narrow.model, trial.seed)
-    tuned = bench.train(fresh, "from scratch", epochs, own=True)
-    return Stages(fresh, None, tuned, narrow.plan)
+    tuned = bench.train(narrow.model, "from scratch", epochs, own=True)
+    return Stages(narrow.model, None, tuned, narrow.plan)
 
 
 METHODS = {"channels": prune_channels, "weights": mask_weights, "nothing": prune_nothing}
