@@ -12,7 +12,7 @@ from torch import Tensor
 import secateur as sc
 from language_nets import library
 from machine import describe
-from watching import available_bytes, watched
+from secateur.measuring.watching import bytes_in, watched
 
 ROOM = 4 << 30  # of memory that is left to others
 
@@ -96,3 +96,8 @@ def _states(shape: Shape, seed: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     draw = (torch.randn(1, shape.length, shape.width, generator=generator) for _ in range(shape.windows))
     return [{"inputs_embeds": states} for states in draw]
+
+
+def available_bytes() -> int | None:
+    """The memory of this machine that is free to use; None where it cannot be known."""
+    return bytes_in("/proc/meminfo", "MemAvailable:")

@@ -29,8 +29,8 @@ import language_nets as nets
 import secateur as sc
 from machine import describe
 from secateur.files import write_bytes
+from secateur.measuring.watching import watched
 from trials import Trials
-from watching import watched
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "language_models"

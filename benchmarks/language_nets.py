@@ -25,8 +25,8 @@ from secateur.data.sources import data_folder
 from secateur.data.text import text_windows
 from secateur.errors import DataError
 from secateur.files import write_bytes
+from secateur.measuring.watching import watched
 from secateur.training import Recipe, fit
-from watching import watched
 from zoo import load_torchvision
 
 KINDS = {"llama": "Llama-shaped", "gpt2": "GPT-2-shaped"}

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from tables import table
+
 Row = Mapping[str, Any]
 ORDER = ("sparsegpt", "wanda", "magnitude")  # by the perplexity that is expected of them
 METHODS = ORDER[::-1]
@@ -69,7 +71,7 @@ def _shots(title: str, dense: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         f"Seeds {seeds}. No training afterwards. Seconds and the process's peak memory are of a whole call on "
         f"{_threads(rows)}, means over patterns.",
         "",
-        *_table(head, body),
+        *table(head, body),
         "",
         *_ranks(rows, patterns, texts),
         "",
@@ -121,7 +123,7 @@ def _widths(title: str, dense: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         f"{worst:.1e}; pruning took {seconds:.1f} s with that proof, the last repair {fmean(mending):.1f} s on "
         f"{_threads(rows)}.",
         "",
-        *_table(head, body),
+        *table(head, body),
         "",
     ]
 
@@ -153,7 +155,7 @@ def _blocks(rows: Sequence[Row]) -> list[str]:
         f"model is {shape['blocks']} such blocks, through each of which the calibration passes twice, once dense and "
         "once pruned; it is reckoned, not run. Magnitude needs no calibration.",
         "",
-        *_table(["width x inner", "method", "pattern", "pruning", "one pass", "peak", "whole model"], body),
+        *table(["width x inner", "method", "pattern", "pruning", "one pass", "peak", "whole model"], body),
         "",
     ]
 
@@ -180,7 +182,7 @@ def gpu_section_lines(results: Mapping[str, Any], file: str) -> list[str]:
         f"billion random weights, calibrated on {scale['windows']} windows of {scale['length']} random tokens; the "
         "whole model is reckoned where not all blocks were run.",
         "",
-        *_table(["method", "pattern", "blocks run", "per block", "whole model", "peak"], body),
+        *table(["method", "pattern", "blocks run", "per block", "whole model", "peak"], body),
         "",
     ]
     if "skipped" in results:
@@ -199,7 +201,7 @@ def gpu_section_lines(results: Mapping[str, Any], file: str) -> list[str]:
     ]
     models = [[row["backend"], "whole model", f"{row['tokens']:,}", *_times(row)] for row in results["models"]]
     head = ["backend", "layer", "tokens", "dense", "sparse", "ratio (range)", "difference"]
-    return [*lines, *_table(head, kernels + models), ""]
+    return [*lines, *table(head, kernels + models), ""]
 
 
 def _times(row: Row) -> list[str]:
@@ -233,8 +235,3 @@ def _threads(rows: Sequence[Row]) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from secateur.report.statistics import Estimate, estimate
+from tables import table
 
 Row = Mapping[str, Any]
 DEFAULT = "l2:global"  # what `prune` does with a budget
@@ -81,7 +82,7 @@ def _channels(title: str, rows: Sequence[Row]) -> list[str]:
         "Levels are fractions of the channels of every group (scope layer), or of all channels (other scopes). "
         f"Fine-tuned: seeds {', '.join(map(str, sorted(shared))) or 'none'}, which all criteria that were have.",
         "",
-        *_table(header, [[f"{name} ({scope})", *cells((name, scope))] for name, scope in settings]),
+        *table(header, [[f"{name} ({scope})", *cells((name, scope))] for name, scope in settings]),
         "",
     ]
 
@@ -112,7 +113,7 @@ def _weights(rows: Sequence[Row]) -> list[str]:
         "",
         f"Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}.",
         "",
-        *_table(["criterion", *(f"{level:.2%}" for level in levels)], body),
+        *table(["criterion", *(f"{level:.2%}" for level in levels)], body),
         "",
     ]
 
@@ -140,7 +141,7 @@ def _contest(rows: Sequence[Row]) -> list[str]:
         "One column per checkpoint and seed of the fine-tuning: all rows of a column start from the same dense net. "
         "The last column is what a choice may be made by; Torch-Pruning 1.6.1 ranks globally, in 200 small steps.",
         "",
-        *_table(["setting", *(f"net {net}, seed {seed}" for net, seed in keys), "mean", "validation"], body),
+        *table(["setting", *(f"net {net}, seed {seed}" for net, seed in keys), "mean", "validation"], body),
         "",
     ]
     peers = [setting for setting in settings if setting.startswith("torch_pruning")]
@@ -171,7 +172,7 @@ def _iterative(rows: Sequence[Row]) -> list[str]:
         f"Magnitude, scope global, seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}. BatchNorm is "
         "re-estimated after every removal; `gradual` raises the sparsity along a cubic during the first half.",
         "",
-        *_table(["", "epochs in all", "before the last fine-tuning", "after it"], body),
+        *table(["", "epochs in all", "before the last fine-tuning", "after it"], body),
         "",
     ]
 
@@ -209,8 +210,3 @@ def _chain(values: Sequence[float | None]) -> str:
 
 def _points(found: Estimate) -> str:
     return f"{100 * found.mean:+.2f} points, 95 % interval [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]

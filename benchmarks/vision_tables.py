@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from tables import table
+
 Row = Mapping[str, Any]
 STAGES = ("cut_test", "repaired_test", "tuned_test")
 
@@ -58,11 +60,11 @@ def _net(title: str, dense: Sequence[Row], pruned: Sequence[Row]) -> list[str]:
         f"Dense: {_percent(row['dense_test'] for row in dense)} %, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} M "
         f"MACs, trained in {fmean(row['train_seconds'] for row in dense) / 60:.0f} minutes; seeds {seeds}.",
         "",
-        *_table(["removed", "MACs", "params", "just cut", "repaired", "fine-tuned"], body),
+        *table(["removed", "MACs", "params", "just cut", "repaired", "fine-tuned"], body),
         "",
         "Milliseconds of a batch after pruning, and how many times as fast as the dense model in the same runtime:",
         "",
-        *_table(["removed", *(f"{runtime}, batch {batch}" for runtime, batch in timed)], times),
+        *table(["removed", *(f"{runtime}, batch {batch}" for runtime, batch in timed)], times),
         "",
     ]
 
@@ -77,8 +79,3 @@ def _time(rows: Sequence[Row], runtime: str, batch: int) -> str:
 def _percent(values: Iterable[float]) -> str:
     found = list(values)
     return f"{100 * fmean(found):.1f}" if found else ""
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]

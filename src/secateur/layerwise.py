@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from secateur.files import write_bytes
 from secateur.inputs import check_model, check_weights, private_copy
 from secateur.masking import WEIGHT_METHODS, Pattern, asked_of, make_masks
 from secateur.masks import Masks
+from secateur.measuring.watching import watched
 from secateur.plans import named_tensors, tensor_shapes
 from secateur.tensorfiles import read_header, read_tensors, with_metadata
 from secateur.tokens import check_batch
@@ -121,8 +121,9 @@ def prune_layerwise_(
     check_weights(model)
     chosen = _blocks_of(model, blocks)
     settings = _Settings(method, sparsity, pattern, _scope(method, scope), within, ignore, propagate, seed)
+    everywhere = holders(model)
     for name, block in chosen.items():
-        settings.check(model, name, block, data is not None)
+        settings.check(name, block, everywhere, data is not None)
     for batch in data if isinstance(data, Sequence) else ():
         _check_batch(model, batch)
     files = None if checkpoint is None else _Checkpoints(Path(checkpoint), settings, model)
@@ -132,7 +133,7 @@ def prune_layerwise_(
         found: list[Block] = []
         keep: dict[str, Tensor] = {}
         for number, (name, block) in enumerate(chosen.items()):
-            with _watched() as watch:
+            with watched(next(model.parameters()).device) as effort:
                 masks = files.read(number, name, block) if files else None
                 if masks is None:
                     masks = settings.masks(block, calls[number] if calls else None)
@@ -143,7 +144,7 @@ def prune_layerwise_(
                     _pass_on(block, calls[number], calls[number + 1])
             keep |= {f"{name}.{part}": kept for part, kept in masks.keep.items()}
             zeros, weights = masks.counts
-            found.append(Block(name, weights, zeros, watch.seconds, watch.peak_bytes))
+            found.append(Block(name, weights, zeros, effort.seconds, effort.peak_bytes))
             tell(number + 1, len(chosen), found[-1])
     total = sum(parameter.numel() for parameter in model.parameters())
     return Layerwise(model, Masks(keep, tensor_shapes(model), {}, total), tuple(found))
@@ -201,7 +202,7 @@ class _Settings:
             forward=_run,
         )
 
-    def check(self, model: nn.Module, name: str, block: nn.Module, has_data: bool) -> None:
+    def check(self, name: str, block: nn.Module, everywhere: Mapping[int, list[str]], has_data: bool) -> None:
         """Raise what `make_masks` raises about settings, and InputError for a weight tied to one outside the block."""
         _, layers, _ = asked_of(
             block,
@@ -214,9 +215,9 @@ class _Settings:
             self.ignore,
             propagate=self.propagate,
         )
-        own, everywhere = holders(block), holders(model)
+        own, tensors = holders(block), named_tensors(block)
         for layer in layers:
-            weight = id(named_tensors(block)[layer.name])
+            weight = id(tensors[layer.name])
             outside = sorted(set(everywhere[weight]) - {f"{name}.{part}" for part in own[weight]})
             if outside:
                 raise InputError(
@@ -412,35 +413,7 @@ class _Checkpoints:
         write_bytes(self._path(number), start + content[offset:])
 
 
-# -- time and memory -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Watch:
-    seconds: float = 0.0
-    peak_bytes: int | None = None
-
-
-@contextmanager
-def _watched() -> Iterator[_Watch]:
-    """The wall time of the block, and the most memory that this process (or its GPU) had in use."""
-    watch, start, cuda = _Watch(), time.perf_counter(), torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    yield watch
-    watch.seconds = time.perf_counter() - start
-    watch.peak_bytes = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
-
-
-def _peak_resident() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return None
+# -- progress --------------------------------------------------------------------------------------------------------
 
 
 def _display(progress: Callable[[int, int, Block], object] | bool | None) -> Callable[[int, int, Block], object]:

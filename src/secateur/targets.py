@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import numpy as np
 
-from secateur.coupling.groups import Graph, Product, ancestors
+from secateur.coupling.groups import Graph, Product
+from secateur.dotted import is_within
 from secateur.errors import TargetError
 
 
@@ -148,14 +148,9 @@ def params_of(graph: Graph, of: str | Sequence[str] | None = None) -> Cost:
     if of is None:
         return Cost(tuple(graph.params.values()))
     patterns = [of] if isinstance(of, str) else list(of)
-    found = {pattern: {name for name in graph.params if _is_in(name, pattern)} for pattern in patterns}
+    found = {pattern: {name for name in graph.params if is_within(name, pattern)} for pattern in patterns}
     for pattern, names in found.items():
         if not names:
             raise TargetError(f"of={pattern!r} matches no parameter of the model, nor a module that holds one.")
     wanted = set().union(*found.values())
     return Cost([product for name, product in graph.params.items() if name in wanted])
-
-
-def _is_in(parameter: str, pattern: str) -> bool:
-    """Whether a parameter, or a module around it, has a name that matches."""
-    return any(fnmatchcase(name, pattern) for name in ancestors(parameter))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.dotted import is_within
 from secateur.errors import InputError
 
 
@@ -183,8 +183,6 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, bool]]:
 
 def _matches(side: Side, entry: str | nn.Module, modules: dict[int, str]) -> bool:
     if isinstance(entry, str):
-        owners = side.module.split(".") if side.module else []
-        names = [side.name, *(".".join(owners[:count]) for count in range(1, len(owners) + 1))]
-        return any(fnmatchcase(name, entry) for name in names)
+        return is_within(side.name, entry)
     inside = modules.get(id(entry))
     return inside is not None and (not inside or f"{side.module}.".startswith(f"{inside}."))

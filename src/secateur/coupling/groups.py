@@ -23,6 +23,7 @@ from secateur.coupling.requirements import Classes, Form, Solution, count, solve
 from secateur.coupling.rules.state import State, Work
 from secateur.coupling.sizes import Attribute
 from secateur.coupling.tape import Tape
+from secateur.dotted import ancestors
 from secateur.errors import ExampleInputsError, InputError, SecateurError, UnknownNameError
 from secateur.inputs import (
     Inputs,
@@ -287,13 +288,6 @@ def _ignored_modules(model: nn.Module, ignore: Iterable[str | nn.Module]) -> set
             raise InputError(f"ignore={entry!r} matches no module of the model.")
         found.update(roots)
     return {name for name in names if "" in found or not found.isdisjoint(ancestors(name))}
-
-
-def ancestors(name: str) -> Iterator[str]:
-    """The module itself and those that hold it, the outermost excepted."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
 
 
 def _assemble(

@@ -36,11 +36,7 @@ class Bench:
     @property
     def example(self) -> Any:
         """Inputs for a network: one validation sample."""
-        return self.inputs(1)
-
-    def inputs(self, samples: int) -> Any:
-        """Inputs for a network: so many validation samples."""
-        return self.task.example(samples, self.trial.latency.lengths[-1])
+        return self.task.example(1, self.trial.latency.lengths[-1])
 
     def test(self, model: nn.Module) -> float:
         """Test accuracy."""
