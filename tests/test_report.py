@@ -246,6 +246,20 @@ def test_gain_over_random_is_paired():
     assert paired(records[:4], "l1", "random") is None
 
 
+def test_a_method_that_trained_before_its_last_pruning_is_not_compared_before_fine_tuning():
+    records = study(seeds=3)
+    steps = [replace(r, key=f"{r.key} steps", method="l1 in steps", epochs_before=2) for r in records[:6]]
+    found = find(records + steps, summarise(records + steps))
+    fact = next(fact for fact in found.facts if "at random" in fact)
+    before, after = fact.split("after it")
+    assert "l1 in steps" not in before
+    assert "l1 in steps" in after
+    assert any("l1 in steps trained before" in warning for warning in found.warnings)
+    only = [replace(r, epochs_before=2) for r in records]
+    (fact,) = [fact for fact in find(only, summarise(only)).facts if "at random" in fact]
+    assert "before fine-tuning" not in fact
+
+
 @pytest.mark.parametrize(
     ("records", "words"),
     [

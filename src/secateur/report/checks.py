@@ -49,6 +49,17 @@ def _unequal_budgets(records: Sequence[Record], summaries: Sequence[Summary]) ->
     return [f"Fine-tuning was not equally long: {'; '.join(said)}. Part of any difference may come from that."]
 
 
+def _trained_before(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
+    """Methods that train before their last pruning, whose accuracy straight after it is another thing."""
+    names = list(dict.fromkeys(r.name for r in records if r.epochs_before))
+    if not names:
+        return []
+    return [
+        f"{fmt.listed(names)} trained before the last pruning: accuracy straight after it is not to be compared with "
+        "that of methods that had not trained by then."
+    ]
+
+
 def _no_random(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
     pruned = {s.prunes for s in summaries if s.prunes != "nothing"}
     lacking = sorted(pruned - {r.prunes for r in records if r.criterion == "random"})
@@ -140,6 +151,7 @@ WARNINGS = (
     _gaps,
     _no_random,
     _unequal_budgets,
+    _trained_before,
     _off_target,
     _noisy_latency,
     _mixed_machines,

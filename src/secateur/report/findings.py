@@ -127,14 +127,19 @@ def _against_random(records: Sequence[Record]) -> str:
         for name, rows in by_name.items()
         if rows[0].prunes in chance and rows[0].criterion != "random"
     ]
-    pruned = [(a, gain) for a, b in rivals if (gain := paired(records, a, b, lambda r: r.accuracy_pruned))]
+    untrained = [(a, b) for a, b in rivals if not any(r.epochs_before for r in by_name[a])]
+    pruned = [(a, gain) for a, b in untrained if (gain := paired(records, a, b, lambda r: r.accuracy_pruned))]
     tuned = [(a, gain) for a, b in rivals if (gain := paired(records, a, b, accuracy_finetuned))]
     if not tuned:
         return ""
     text = (
-        "Against removing at random, averaged over sparsities, in points: before fine-tuning "
-        f"{fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in pruned])}; "
-        f"after it {fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in tuned])}."
+        "Against removing at random, averaged over sparsities, in points: "
+        + (
+            f"before fine-tuning {fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in pruned])}; "
+            if pruned
+            else ""
+        )
+        + f"after it {fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in tuned])}."
     )
     if min(g.seeds for _, g in tuned) < FEW_SEEDS:
         return text + " With so few seeds, differences of this size after fine-tuning may be chance."

@@ -116,6 +116,7 @@ class Record:
     target: str = "channels"  # what `sparsity` is a fraction of: "channels", "weights", "macs", "params"
     control: bool = False  # there to be compared with
     epochs: int | None = None  # of training after the dense model's, between and after prunings
+    epochs_before: int = 0  # those of them before the last pruning, which `accuracy_pruned` profits from
     weights_left: float | None = None  # of the dense model's, recounted in the model that was evaluated
     layers: tuple[LayerWeights, ...] = ()
     timings: tuple[Timing, ...] = ()  # by length, batch size and runtime; `latency_ms` and `speedup` are the last's

@@ -83,3 +83,4 @@ class Stages:
     tuned: nn.Module
     plan: Plan | None = None  # from the dense model
     difference: float | None = None  # the worst of the verifications
+    before: int = 0  # epochs before the last pruning

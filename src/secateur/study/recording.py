@@ -63,6 +63,7 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
         target=MEANS[method.prunes] if method.target == "sparsity" else method.target,
         control=trial.control,
         epochs=trial.epochs,
+        epochs_before=stages.before,
         weights_left=sum(row.left for row in layers) / sum(row.before for row in layers),
         layers=layers,
         timings=timings,

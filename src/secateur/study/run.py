@@ -86,7 +86,7 @@ def prune_channels(bench: Bench) -> Stages:
         if step.number < step.steps:
             step.model.load_state_dict(tuned.state_dict())  # the next step goes on from there
             continue
-        return Stages(step.model, mended if how else None, tuned, step.total, difference)
+        return Stages(step.model, mended if how else None, tuned, step.total, difference, trial.epochs - part)
     raise AssertionError("a schedule has at least one step")
 
 
@@ -120,7 +120,7 @@ def mask_weights(bench: Bench) -> Stages:
         part = _share(epochs, number, steps)
         model = bench.train(mended or cut, f"tune {number}", part, [masks.hook(method.hold)])
         masks = replace(masks, values={})  # the model has them now
-    return Stages(cut, mended, model)
+    return Stages(cut, mended, model, before=trial.epochs - part)
 
 
 def prune_nothing(bench: Bench) -> Stages:
