@@ -59,10 +59,11 @@ coupling: $(VENV)/.stamp-dev  ## Prune every architecture of the zoo with Secate
 	$(BIN)/python benchmarks/write_results.py
 
 studies: $(VENV)/.stamp-dev  ## Run the source documents' studies at the scale of a CPU, and write their reports to docs/studies/
-	for name in s1 s2 s3 s4 s5; do \
-		$(BIN)/secateur study run studies/$$name.toml --profile cpu $(ARGS) && \
-		$(BIN)/secateur study report studies/$$name.toml --profile cpu --figures --out docs/studies/$$name && \
-		$(BIN)/secateur study rows studies/$$name.toml --profile cpu > docs/studies/$$name/rows.csv || exit 1; \
+	for run in s1/cpu s2/cpu s3/cpu s3/wide s4/cpu s5/cpu; do \
+		study="studies/$${run%/*}.toml --profile $${run#*/}"; out=docs/studies/$$(echo $$run | sed 's,/cpu,,; s,/,_,'); \
+		$(BIN)/secateur study run $$study $(ARGS) && \
+		$(BIN)/secateur study report $$study --figures --out $$out && \
+		$(BIN)/secateur study rows $$study > $$out/rows.csv || exit 1; \
 	done
 
 runs/minilm: $(VENV)/.stamp-dev $(VENV)/.stamp-minilm
