@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrained_for_tests import library
@@ -145,6 +147,32 @@ def test_a_classifier_and_its_tokenizer_come_from_a_folder(tmp_path: Path) -> No
     output = model(**next(iter(TextBatches(data, 6))))
     assert output.logits.shape == (6, 2) and torch.isfinite(output.loss)
     assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_other_classes_get_a_new_head_and_nothing_is_said_about_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = classifier_folder(tmp_path)
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, _ = text_classifier(folder, ("a", "b", "c"), max_length=16)
+    assert model.get_parameter("classifier.weight").shape == (3, 16)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_encoder_that_lacks_weights_is_named_and_one_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    folder = classifier_folder(tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: value for name, value in tensors.items() if "pooler" not in name}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"lack 2 tensors of the encoder, such as bert\.pooler"):
+        text_classifier(folder, ("bad", "good"), max_length=16)
+    save_file({**tensors, "bert.pooler.dense.bias": torch.zeros(5)}, file, {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"1 tensor of the encoder, such as bert\.pooler\.dense\.bias, of another shape"
+    ):
+        text_classifier(folder, ("bad", "good"), max_length=16)
 
 
 def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:

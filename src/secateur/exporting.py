@@ -33,11 +33,11 @@ from secateur.programs import (
     open_axes,
     prepared,
     program_of,
-    quiet,
     resized,
     run,
     symbols,
 )
+from secateur.quiet import quiet
 
 # Allowed difference, relative to the largest value of the output: two runtimes add up in different orders.
 TOLERANCE = 1e-5

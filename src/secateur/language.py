@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ from torch.nn import functional as F
 from secateur.batches import logits_of
 from secateur.errors import DataError, InputError
 from secateur.inputs import evaluating
+from secateur.quiet import quiet
 from secateur.tokens import check_length, check_tokens, check_vocabulary
 
 
 def text_classifier(name: Path | str, classes: Sequence[str], *, max_length: int = 128) -> tuple[nn.Module, Any]:
     """A sequence classifier of `transformers` and its tokenizer, by hub name or folder; safetensors only.
 
-    A new head is drawn from torch's global generator where the weights bring none for these classes. Raises InputError
-    for a folder that holds no such model, a decoder-only model, and what `check_tokenizer` raises.
+    A new head is drawn from torch's global generator where the weights bring none for so many classes, and what else
+    they lack, such as a pooler, with a warning. Raises InputError for a folder that holds no such model, a decoder-only
+    model, weights that are not of the shape that the config says, and what `check_tokenizer` raises.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -30,7 +33,10 @@ def text_classifier(name: Path | str, classes: Sequence[str], *, max_length: int
     try:
         config = AutoConfig.from_pretrained(name, **options)
         _refuse_decoder(config)
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, use_safetensors=True)
+        with quiet():  # a new head is expected: its shapes and its absence are no news
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                name, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
     except ImportError as error:
         raise InputError(
             f"transformers cannot import the model of {str(name)!r}: {_first_line(error)} It imports torchvision where "
@@ -40,6 +46,7 @@ def text_classifier(name: Path | str, classes: Sequence[str], *, max_length: int
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(name)!r} is no text classifier that can be loaded: {_first_line(error)}") from error
+    _check_encoder(model, name, found)
     tokenizer = text_tokenizer(name)
     check_tokenizer(model, tokenizer, max_length)
     return model.eval(), tokenizer
@@ -134,6 +141,21 @@ def _refuse_decoder(config: Any) -> None:
             f"{config.model_type} is a decoder-only language model, which sees each word without those after it: for "
             "classification choose an encoder such as BERT; to prune the language model use prune_layerwise."
         )
+
+
+def _check_encoder(model: Any, name: Path | str, found: Any) -> None:
+    """Raise InputError for tensors of the encoder with other shapes than in the files; warn of those they lack."""
+    encoder = f"{model.base_model_prefix}."
+    wrong = sorted(tensor for tensor, *_ in found["mismatched_keys"] if tensor.startswith(encoder))
+    if wrong:
+        raise InputError(f"the weights of {str(name)!r} do not fit its config: {_counted(wrong)} of another shape.")
+    drawn = sorted(tensor for tensor in found["missing_keys"] if tensor.startswith(encoder))
+    if drawn:
+        warnings.warn(f"the weights of {str(name)!r} lack {_counted(drawn)}: drawn at random.", stacklevel=3)
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} of the encoder, such as {names[0]},"
 
 
 def _first_line(error: BaseException) -> str:

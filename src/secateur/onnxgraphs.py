@@ -11,7 +11,8 @@ from torch.export import ExportedProgram
 
 from secateur.errors import ExportError, InputError
 from secateur.inputs import Inputs
-from secateur.programs import innermost, input_names, nodes, quiet
+from secateur.programs import innermost, input_names, nodes
+from secateur.quiet import quiet
 
 LARGEST_FILE = 2**31 - 1  # bytes: the limit of protobuf, the format's container
 

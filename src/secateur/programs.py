@@ -6,13 +6,10 @@ it. What stays fixed has a reason.
 
 from __future__ import annotations
 
-import io
 import itertools
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import ExportError
 from secateur.inputs import Inputs, as_inputs, check_devices, check_model, check_weights, private_copy
+from secateur.quiet import quiet
 
 Made = TypeVar("Made")
 _REASON_LENGTH = 200  # characters of somebody else's error that still read as one sentence
@@ -216,19 +214,6 @@ def innermost(error: BaseException) -> str:
     text = re.sub(r"For more information, run with TORCH_LOGS=\S+ ?", "", " ".join(paragraph.split()))
     text = text if len(text) <= _REASON_LENGTH else f"{text[:_REASON_LENGTH].rstrip()} ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporters' logs, warnings and dumped graphs from the user, who gets one error or none."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 @contextmanager
