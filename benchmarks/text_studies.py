@@ -1,6 +1,6 @@
 """The studies of text classifiers, at the scale of a CPU: weights by two recipes, and heads and hidden units.
 
-    make minilm                                 the network, into runs/minilm
+    make runs/minilm                            the network, into runs/minilm
     python benchmarks/text_studies.py           runs what is missing, and writes docs/studies/sst2_*
     python benchmarks/text_studies.py study status studies/sst2_weights.toml --profile cpu
 
