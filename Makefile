@@ -62,9 +62,10 @@ studies: $(VENV)/.stamp-dev  ## Run the source documents' studies at the scale o
 	for run in s1/cpu s2/cpu s3/cpu s3/wide s4/cpu s5/cpu; do \
 		study="studies/$${run%/*}.toml --profile $${run#*/}"; out=docs/studies/$$(echo $$run | sed 's,/cpu,,; s,/,_,'); \
 		$(BIN)/secateur study run $$study $(ARGS) && \
-		$(BIN)/secateur study report $$study --figures --out $$out && \
+		$(BIN)/secateur study report $$study --out $$out && \
 		$(BIN)/secateur study rows $$study > $$out/rows.csv || exit 1; \
 	done
+	$(BIN)/python benchmarks/study_index.py
 
 runs/minilm: $(VENV)/.stamp-dev $(VENV)/.stamp-minilm
 	$(BIN)/python benchmarks/minilm.py $@

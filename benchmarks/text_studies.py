@@ -10,8 +10,10 @@ It is the command `secateur`, where transformers imports a torchvision whose ope
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import study_index
 from zoo import load_torchvision
 
 load_torchvision()  # in worker processes, too, which import this file
@@ -29,7 +31,10 @@ def main() -> None:
     for name in STUDIES:
         here, there = [str(HERE / "studies" / f"{name}.toml"), "--profile", "cpu"], HERE / "docs" / "studies" / name
         app(["study", "run", *here], standalone_mode=False)
-        app(["study", "report", *here, "--figures", "--out", str(there)], standalone_mode=False)
+        app(["study", "report", *here, "--out", str(there)], standalone_mode=False)
+        with (there / "rows.csv").open("w", encoding="utf-8") as file, redirect_stdout(file):
+            app(["study", "rows", *here], standalone_mode=False)
+    study_index.main()
 
 
 if __name__ == "__main__":

@@ -231,6 +231,14 @@ def test_the_results_page_is_what_its_files_say() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == script("write_results").render(ROOT / "benchmarks" / "results")
 
 
+def test_the_index_of_studies_is_what_their_reports_say() -> None:
+    folder = ROOT / "docs" / "studies"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert page == script("study_index").render(folder)
+    for name in {file.parent.name for file in folder.glob("*/report.html")}:
+        assert f"({name}/report.html)" in page
+
+
 def test_a_result_without_a_section_is_an_error(tmp_path: Path) -> None:
     write_results = script("write_results")
     with pytest.raises(SystemExit, match="no results"):

@@ -115,14 +115,15 @@ def family_of(model: str) -> str:
 
 
 def families(results: Results) -> list[Family]:
-    """The averages of every family on every data set, in order of first appearance.
+    """The averages of every family of several models on every data set, in order of first appearance.
 
     A point is there where every model of the family has it, so that lines never jump because a model joins or leaves.
     """
     members: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for model, data in results:
         members.setdefault((family_of(model), data), []).append((model, data))
-    return [_family(name, data, [results[p] for p in places], places) for (name, data), places in members.items()]
+    several = {family: places for family, places in members.items() if len(places) > 1}
+    return [_family(name, data, [results[p] for p in places], places) for (name, data), places in several.items()]
 
 
 def _family(name: str, data: str, rows: Sequence[Sequence[Summary]], places: Sequence[tuple[str, str]]) -> Family:
