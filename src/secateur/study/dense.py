@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import nn
@@ -51,15 +52,19 @@ class Trained:
     history: tuple[Epoch, ...]
 
 
-def accuracy(model: nn.Module, task: Task, part: str, device: str) -> float:
-    """The fraction of samples of that part that are classified right; of the training part, of the first ones."""
+def accuracy(model: nn.Module, task: Task, part: str, device: str, bf16: bool) -> float:
+    """The fraction of samples of that part that are classified right; of the training part, of the first ones.
+
+    `bf16`: under bfloat16 autocast, as models are that were trained so.
+    """
     most = TRAIN_SAMPLES if part == "train" else None
-    return evaluate(model, task.part(part, most), device=device).accuracy
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        return evaluate(model, task.part(part, most), device=device).accuracy
 
 
-def scores_of(model: nn.Module, task: Task, device: str) -> Scores:
+def scores_of(model: nn.Module, task: Task, device: str, bf16: bool) -> Scores:
     """Accuracies on training, validation and test samples."""
-    return Scores(*(accuracy(model, task, part, device) for part in ("train", "validation", "test")))
+    return Scores(*(accuracy(model, task, part, device, bf16) for part in ("train", "validation", "test")))
 
 
 def trained(dense: Dense, place: Workplace) -> Trained:
@@ -87,7 +92,7 @@ def _train(model: nn.Module, dense: Dense, task: Task, place: Workplace, path: P
         progress=False,
     )
     small = fitted.model.cpu()
-    found = Trained(small, scores_of(small, task, place.device), fitted.history)
+    found = Trained(small, scores_of(small, task, place.device, dense.training.bf16), fitted.history)
     tensors = {name: tensor.clone().contiguous() for name, tensor in small.state_dict().items()}  # tied ones apart
     facts = {"scores": asdict(found.scores), "history": [asdict(epoch) for epoch in fitted.history]}
     write_bytes(path, to_safetensors(tensors, {"secateur.dense": json.dumps(facts)}))

@@ -31,7 +31,7 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
     before, after = count(dense.model, bench.example), count(model, bench.example)
     timings = tuple(_timings(bench, model))
     last, layers = timings[-1], layer_weights(dense.model, model)
-    scores = scores_of(model, bench.task, bench.place.device)
+    scores = scores_of(model, bench.task, bench.place.device, trial.training.bf16)
     return Record(
         key=trial.key,
         model=trial.net.title,
@@ -118,6 +118,7 @@ def fingerprint(bench: Bench) -> dict[str, Any]:
         "settings": {
             "training": str(trial.training),
             "fine-tuning": str(trial.tuning),
+            "evaluation": "bfloat16" if trial.training.bf16 else "float32",
             "calibration": f"{trial.calibration} training samples",
             "latency": f"batch {batches}, {', '.join(latency.runtimes)}, threads {latency.threads}",
         },

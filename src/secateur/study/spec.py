@@ -39,6 +39,7 @@ class Net(Table):
         "for text hf:NAME or hf:FOLDER, also inside the data folder"
     )
     options: dict[str, Option] = Field({}, description="arguments of one of Secateur's networks, such as width")
+    epochs: int | None = Field(None, ge=1, description="of its dense training, where others need more or fewer")
     label: str = Field("", description="what the report calls it; by default its name and options")
     stands_for: str = Field("", description="the network of the reference numbers beside it; by default its label")
 
@@ -84,7 +85,7 @@ class Training(Table):
     warmup_epochs: float = Field(0.0, description="over which lr rises from 0")
     label_smoothing: float = Field(0.0, description="of the cross-entropy")
     clip_norm: float | None = Field(None, description="limit of the norm of all gradients together")
-    bf16: bool = Field(False, description="forward and loss under bfloat16 autocast")
+    bf16: bool = Field(False, description="forward, loss and evaluation under bfloat16 autocast")
     channels_last: bool = Field(False, description="memory layout while training; often faster")
     augment: bool = Field(True, description="crops and flips, as the data set allows")
 
@@ -99,7 +100,8 @@ class Training(Table):
 
     def __str__(self) -> str:
         short = "" if self.steps_per_epoch is None else f" of at most {self.steps_per_epoch} steps"
-        return f"{self.epochs} epochs{short}, {self.optimizer}, lr {self.lr:g}, batches of {self.batch_size}"
+        kind = ", bfloat16" if self.bf16 else ""
+        return f"{self.epochs} epochs{short}, {self.optimizer}, lr {self.lr:g}, batches of {self.batch_size}{kind}"
 
     @model_validator(mode="after")
     def _is_a_recipe(self) -> Training:

@@ -96,12 +96,12 @@ def trials_of(study: Study) -> tuple[Trial, ...]:
                 for method, control in methods:
                     for sparsity in _levels(method, study):
                         trial = Trial(
-                            net=net,
+                            net=net.model_copy(update={"epochs": None}),
                             data=data,
                             method=_resolved(method, study),
                             sparsity=sparsity,
                             seed=seed,
-                            training=study.training,
+                            training=_training(net, study),
                             tuning=study.tuning,
                             calibration=study.calibration,
                             latency=study.latency,
@@ -157,6 +157,11 @@ def _resolved(method: Method, study: Study) -> Method:
     """With what the study says where the method says nothing."""
     repair = study.repair if method.repair is None and method.prunes != "nothing" else method.repair
     return method.model_copy(update={"repair": repair, "sparsities": None})
+
+
+def _training(net: Net, study: Study) -> Training:
+    """Of a dense model: the study's, for as long as this network needs."""
+    return study.training if net.epochs is None else study.training.model_copy(update={"epochs": net.epochs})
 
 
 def _key(words: list[str], settings: Table) -> str:
