@@ -151,6 +151,24 @@ def test_epochs_before_the_last_pruning_are_counted(name, done):
     assert done(name).record.epochs_before == BEFORE.get(name, 0)
 
 
+def test_what_is_trained_in_bfloat16_is_evaluated_in_it(monkeypatch, tmp_path):
+    from secateur.study import dense
+
+    asked, plain = [], dense.evaluate
+
+    def told(*args, **options):
+        asked.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(dense, "evaluate", told)
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        trial = trial_of("not tuned", training={**RECIPES["training"], "bf16": bf16})
+        found = run_trial(trial, Workplace(tmp_path)).record
+        assert set(asked) == {dtype} and len(asked) == 3 + 2 + 3  # dense; cut and repaired; tuned
+        assert found.fingerprint["settings"]["evaluation"] == str(dtype).removeprefix("torch.")
+        asked.clear()
+
+
 def test_as_many_epochs_are_trained_as_are_counted(monkeypatch, tmp_path):
     epochs = begun(monkeypatch)
     trial = trial_of("steps")

@@ -539,6 +539,15 @@ def grid(methods, controls=None, **changes):
     return study, trials_of(study)
 
 
+def test_a_network_may_need_more_dense_epochs_than_the_others():
+    (slow,) = trials_of(small(models=[{"name": "digits_net", "epochs": 7}]))
+    (same,) = trials_of(small(training={**SMALL["training"], "epochs": 7}))
+    (other,) = trials_of(small())
+    assert (slow.training.epochs, slow.tuning, slow.net) == (7, other.tuning, other.net)
+    assert slow.key == same.key != other.key
+    assert slow.dense.key == same.dense.key
+
+
 def test_a_grid_is_the_product_of_its_axes_seed_by_seed():
     study = small(
         models=["digits_net", {"name": "digits_net", "label": "wide", "options": {"width": 8}}],
