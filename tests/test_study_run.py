@@ -151,21 +151,25 @@ def test_epochs_before_the_last_pruning_are_counted(name, done):
     assert done(name).record.epochs_before == BEFORE.get(name, 0)
 
 
-def test_what_is_trained_in_bfloat16_is_evaluated_in_it(monkeypatch, tmp_path):
+def test_models_are_evaluated_in_the_precision_and_layout_of_training(monkeypatch, tmp_path):
     from secateur.study import dense
 
     asked, plain = [], dense.evaluate
 
-    def told(*args, **options):
-        asked.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        return plain(*args, **options)
+    def told(model, *args, **options):
+        weight = next(tensor for tensor in model.parameters() if tensor.dim() == 4)
+        layout = weight.is_contiguous(memory_format=torch.channels_last)
+        asked.append((torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"), layout))
+        return plain(model, *args, **options)
 
     monkeypatch.setattr(dense, "evaluate", told)
-    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        trial = trial_of("not tuned", training={**RECIPES["training"], "bf16": bf16})
-        found = run_trial(trial, Workplace(tmp_path)).record
-        assert set(asked) == {dtype} and len(asked) == 3 + 2 + 3  # dense; cut and repaired; tuned
-        assert found.fingerprint["settings"]["evaluation"] == str(dtype).removeprefix("torch.")
+    for bf16, channels_last in ((True, False), (False, True)):
+        recipe = {**RECIPES["training"], "bf16": bf16, "channels_last": channels_last}
+        found = run_trial(trial_of("not tuned", training=recipe), Workplace(tmp_path)).record
+        assert len(asked) == 3 + 2 + 3  # dense; cut and repaired; tuned
+        assert {precision for precision, _ in asked} == {torch.bfloat16 if bf16 else False}
+        assert all(layout for _, layout in asked) or not channels_last
+        assert found.fingerprint["settings"]["evaluation"] == ("bfloat16" if bf16 else "float32")
         asked.clear()
 
 

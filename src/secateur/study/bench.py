@@ -40,7 +40,7 @@ class Bench:
 
     def test(self, model: nn.Module) -> float:
         """Test accuracy."""
-        return accuracy(model, self.task, "test", self.place.device, self.trial.training.bf16)
+        return accuracy(model, self.task, "test", self.place.device, self.trial.training)
 
     def train(
         self, model: nn.Module, stage: str, epochs: int, hooks: Sequence[object] = (), own: bool = False

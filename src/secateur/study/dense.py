@@ -13,7 +13,9 @@ from torch import nn
 
 from secateur.errors import ArtifactError
 from secateur.files import write_bytes
+from secateur.inputs import private_copy
 from secateur.plans import tensor_shapes
+from secateur.study.spec import Training
 from secateur.study.tasks import TRAIN_SAMPLES, Task, task_of
 from secateur.study.trials import Dense
 from secateur.tensorfiles import read_header, read_tensors
@@ -52,19 +54,21 @@ class Trained:
     history: tuple[Epoch, ...]
 
 
-def accuracy(model: nn.Module, task: Task, part: str, device: str, bf16: bool) -> float:
+def accuracy(model: nn.Module, task: Task, part: str, device: str, how: Training) -> float:
     """The fraction of samples of that part that are classified right; of the training part, of the first ones.
 
-    `bf16`: under bfloat16 autocast, as models are that were trained so.
+    In the precision and the memory layout of `how`, which is the training of the dense model.
     """
     most = TRAIN_SAMPLES if part == "train" else None
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+    if how.channels_last:
+        model = private_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=how.bf16):
         return evaluate(model, task.part(part, most), device=device).accuracy
 
 
-def scores_of(model: nn.Module, task: Task, device: str, bf16: bool) -> Scores:
+def scores_of(model: nn.Module, task: Task, device: str, how: Training) -> Scores:
     """Accuracies on training, validation and test samples."""
-    return Scores(*(accuracy(model, task, part, device, bf16) for part in ("train", "validation", "test")))
+    return Scores(*(accuracy(model, task, part, device, how) for part in ("train", "validation", "test")))
 
 
 def trained(dense: Dense, place: Workplace) -> Trained:
@@ -92,7 +96,7 @@ def _train(model: nn.Module, dense: Dense, task: Task, place: Workplace, path: P
         progress=False,
     )
     small = fitted.model.cpu()
-    found = Trained(small, scores_of(small, task, place.device, dense.training.bf16), fitted.history)
+    found = Trained(small, scores_of(small, task, place.device, dense.training), fitted.history)
     tensors = {name: tensor.clone().contiguous() for name, tensor in small.state_dict().items()}  # tied ones apart
     facts = {"scores": asdict(found.scores), "history": [asdict(epoch) for epoch in fitted.history]}
     write_bytes(path, to_safetensors(tensors, {"secateur.dense": json.dumps(facts)}))

@@ -31,7 +31,7 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
     before, after = count(dense.model, bench.example), count(model, bench.example)
     timings = tuple(_timings(bench, model))
     last, layers = timings[-1], layer_weights(dense.model, model)
-    scores = scores_of(model, bench.task, bench.place.device, trial.training.bf16)
+    scores = scores_of(model, bench.task, bench.place.device, trial.training)
     return Record(
         key=trial.key,
         model=trial.net.title,
