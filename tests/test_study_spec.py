@@ -539,11 +539,11 @@ def grid(methods, controls=None, **changes):
     return study, trials_of(study)
 
 
-def test_a_network_may_need_more_dense_epochs_than_the_others():
-    (slow,) = trials_of(small(models=[{"name": "digits_net", "epochs": 7}]))
-    (same,) = trials_of(small(training={**SMALL["training"], "epochs": 7}))
+def test_a_network_may_need_more_dense_epochs_and_calibration_than_the_others():
+    (slow,) = trials_of(small(models=[{"name": "digits_net", "epochs": 7, "calibration": 300}]))
+    (same,) = trials_of(small(training={**SMALL["training"], "epochs": 7}, calibration=300))
     (other,) = trials_of(small())
-    assert (slow.training.epochs, slow.tuning, slow.net) == (7, other.tuning, other.net)
+    assert (slow.training.epochs, slow.calibration, slow.tuning, slow.net) == (7, 300, other.tuning, other.net)
     assert slow.key == same.key != other.key
     assert slow.dense.key == same.dense.key
 

@@ -40,6 +40,9 @@ class Net(Table):
     )
     options: dict[str, Option] = Field({}, description="arguments of one of Secateur's networks, such as width")
     epochs: int | None = Field(None, ge=1, description="of its dense training, where others need more or fewer")
+    calibration: int | None = Field(
+        None, ge=1, description="samples for it, where wide layers need more to be repaired"
+    )
     label: str = Field("", description="what the report calls it; by default its name and options")
     stands_for: str = Field("", description="the network of the reference numbers beside it; by default its label")
 

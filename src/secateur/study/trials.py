@@ -16,6 +16,7 @@ MAGNITUDE = {"channels": "l2", "weights": "magnitude"}
 BY_SIZE = {"channels": {"l1", "l2"}, "weights": {"magnitude"}}
 DEFAULT_STEPS = 4  # prunings on the way, where a schedule but no number of them is given
 _WORD = 48  # characters of a key's words: it is a file name, too
+_OWN = ("epochs", "calibration")  # what a network may have instead of the study's
 _LABELS = {"net": {"label", "stands_for"}, "method": {"label", "sparsities"}}
 
 
@@ -96,14 +97,14 @@ def trials_of(study: Study) -> tuple[Trial, ...]:
                 for method, control in methods:
                     for sparsity in _levels(method, study):
                         trial = Trial(
-                            net=net.model_copy(update={"epochs": None}),
+                            net=net.model_copy(update=dict.fromkeys(_OWN)),
                             data=data,
                             method=_resolved(method, study),
                             sparsity=sparsity,
                             seed=seed,
                             training=_training(net, study),
                             tuning=study.tuning,
-                            calibration=study.calibration,
+                            calibration=net.calibration or study.calibration,
                             latency=study.latency,
                             control=control,
                         )
