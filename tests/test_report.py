@@ -265,6 +265,7 @@ def test_a_method_that_trained_before_its_last_pruning_is_not_compared_before_fi
     [
         (study(seeds=2), "2 seeds per setting"),
         (study(seeds=3)[:-1], "1 trial missing"),
+        ([record(widths=(LayerWidth("a", 64, 32), LayerWidth("b", 64, 1)))], "b keeps 1 of 64 (l2, 40"),
         ([record(fingerprint={"data": {"test": 250}})], "one is worth 0.40 points"),
         ([record(latency_noise=0.5), record(seed=1, latency_noise=0.01)], "noisy in 1 of 2 trials"),
         ([record(), record(seed=1, fingerprint={"torch": "2.14.0", "machine": {"cores": 2}})], "differ in torch"),

@@ -200,6 +200,13 @@ def test_budgets_are_met_and_hardly_more_than_that(done):
     assert (macs.target, params.target, done("one shot").record.target) == ("macs", "params", "channels")
 
 
+def test_every_layer_keeps_what_was_asked_for(tmp_path):
+    method = {"criterion": "l1", "scope": "global", "keep_at_least": 14, "epochs": 0}
+    record = run_trial(trial_of("one shot", methods=[method], sparsities=[0.3]), Workplace(tmp_path)).record
+    kept = [row.after for row in record.widths if row.after < row.before]
+    assert kept and min(kept) >= 14
+
+
 def test_steps_end_where_one_shot_does(done):
     once, twice = done("one shot").record, done("steps").record
     assert twice.params == done("epochs per step").record.params

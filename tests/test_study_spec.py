@@ -477,6 +477,7 @@ MATTERS = {
     "methods.0.repair": ["batch_norm"],
     "methods.0.ignore": ["stem"],
     "methods.0.round_to": 4,
+    "methods.0.keep_at_least": 4,
     "methods.0.penalty": {"kind": "gamma", "epochs": 1},
     "methods.0.distillation": {},
     "methods.0": {"criterion": "l1", "schedule": "linear"},

@@ -10,6 +10,7 @@ from secateur.report.statistics import FEW_SEEDS, Summary
 
 SMALL_TEST_SET = 1000  # samples, below which one sample weighs more than 0.1 points
 NOISE = 0.1  # distance of the quartiles of the timings over their median, above which a latency is noisy
+EMPTIED = 50  # times fewer channels in a layer than it had
 OFF_TARGET = 0.02  # sparsity recounted against sparsity asked for
 
 
@@ -57,6 +58,19 @@ def _trained_before(records: Sequence[Record], summaries: Sequence[Summary]) -> 
     return [
         f"{fmt.listed(names)} trained before the last pruning: accuracy straight after it is not to be compared with "
         "that of methods that had not trained by then."
+    ]
+
+
+def _emptied(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
+    """Layers of which next to nothing is left: whatever the others keep has to pass through them."""
+    emptied = [(r, w) for r in records for w in r.widths if w.before >= EMPTIED * w.after]
+    if not emptied:
+        return []
+    trials = len({r.key for r, _ in emptied})
+    worst, width = min(emptied, key=lambda found: found[1].after / found[1].before)
+    return [
+        f"In {fmt.several(trials, 'trial')} a layer was all but emptied, and what is left is a bottleneck: "
+        f"{width.layer} keeps {width.after} of {width.before} ({worst.name}, {fmt.share(worst.sparsity)} %)."
     ]
 
 
@@ -152,6 +166,7 @@ WARNINGS = (
     _no_random,
     _unequal_budgets,
     _trained_before,
+    _emptied,
     _off_target,
     _noisy_latency,
     _mixed_machines,

@@ -68,6 +68,7 @@ def prune_channels(bench: Bench) -> Stages:
         scope=method.scope,
         ignore=method.ignore,
         round_to=method.round_to,
+        keep_at_least=method.keep_at_least,
         prune_residual=method.prune_residual,
         repair=(),
         seed=trial.seed,

@@ -168,6 +168,7 @@ class Method(Table):
     biases: bool = Field(False, description="of weights: biases too")
     propagate: bool = Field(False, description="of weights: each layer sees what the pruned ones before it give")
     round_to: int = Field(1, ge=1, description="of channels: widths that are multiples of it")
+    keep_at_least: int = Field(1, ge=1, description="of channels: so many stay in every layer, lest one empties")
     prune_residual: bool = Field(False, description="of channels: widths under LayerNorm and RMSNorm, too")
     penalty: Penalty | None = Field(None, description="training with a penalty first")
     distillation: Distillation | None = Field(None, description="learn from the dense model while fine-tuning")
@@ -228,7 +229,7 @@ class Method(Table):
         given = {name for name, field in Method.model_fields.items() if getattr(self, name) != field.get_default()}
         foreign = {
             "channels": {"pattern", "within", "biases", "propagate", "hold", "rewind"},
-            "weights": {"round_to", "prune_residual", "of"},
+            "weights": {"round_to", "keep_at_least", "prune_residual", "of"},
             "nothing": set(Method.model_fields)
             - {"criterion", "label", "prunes", "sparsities", "epochs", "target", "of"},
         }[self.prunes]
