@@ -58,20 +58,25 @@ coupling: $(VENV)/.stamp-dev  ## Prune every architecture of the zoo with Secate
 	$(BIN)/python benchmarks/coupling.py $(ARGS)
 	$(BIN)/python benchmarks/write_results.py
 
+# What is missing of a study, and what is kept of it: command, file, profile, folder in docs/studies/.
+define study
+	$(1) study run studies/$(2).toml --profile $(3) $(ARGS)
+	$(1) study report studies/$(2).toml --profile $(3) --out docs/studies/$(4)
+	$(1) study rows studies/$(2).toml --profile $(3) > docs/studies/$(4)/rows.csv
+
+endef
+
 studies: $(VENV)/.stamp-dev  ## Run the source documents' studies at the scale of a CPU, and write their reports to docs/studies/
-	for run in s1/cpu s2/cpu s3/cpu s3/wide s4/cpu s5/cpu; do \
-		study="studies/$${run%/*}.toml --profile $${run#*/}"; out=docs/studies/$$(echo $$run | sed 's,/cpu,,; s,/,_,'); \
-		$(BIN)/secateur study run $$study $(ARGS) && \
-		$(BIN)/secateur study report $$study --out $$out && \
-		$(BIN)/secateur study rows $$study > $$out/rows.csv || exit 1; \
-	done
+	$(foreach name,s1 s2 s3 s4 s5,$(call study,$(BIN)/secateur,$(name),cpu,$(name)))
+	$(call study,$(BIN)/secateur,s3,wide,s3_wide)
 	$(BIN)/python benchmarks/study_index.py
 
 runs/minilm: $(VENV)/.stamp-dev $(VENV)/.stamp-minilm
 	$(BIN)/python benchmarks/minilm.py $@
 
 sst2: runs/minilm  ## Run the studies of text classifiers on SST-2, and write their reports to docs/studies/
-	$(BIN)/python benchmarks/text_studies.py $(ARGS)
+	$(foreach name,sst2_weights sst2_weights_sgd sst2_structured,$(call study,$(BIN)/python benchmarks/text_studies.py,$(name),cpu,$(name)))
+	$(BIN)/python benchmarks/study_index.py
 
 clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) demo runs build htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

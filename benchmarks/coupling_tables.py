@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
+
+from tables import number_table
 
 Row = Mapping[str, Any]
 OURS, OPEN, PEER = "secateur", "secateur_open", "torch_pruning"
@@ -47,7 +49,7 @@ def full_tables(results: Mapping[str, Any]) -> str:
             "",
             "Parameters and MACs: what is left. Seconds: analysis and shrinking / the whole call.",
             "",
-            *table(
+            *number_table(
                 ["model", *(cell for name in TITLES.values() for cell in (name, "params", "MACs", "seconds"))],
                 [[row["model"], *(cell for library in TITLES for cell in _cells(row, library))] for row in live],
             ),
@@ -79,11 +81,6 @@ def protocol_line(results: Mapping[str, Any]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown; the first column is text, the others align right."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
-
-
 # -- headline --------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +92,9 @@ def _outcome_table(title: str, rows: Sequence[Row]) -> list[str]:
         [name, *(str(sum(test(row[library]) for row in rows if library in row)) for library in asked)]
         for name, test in counts.items()
     ]
-    return table([title, *(TITLES[library] for library in asked)], [line for line in lines if set(line[1:]) != {"0"}])
+    return number_table(
+        [title, *(TITLES[library] for library in asked)], [line for line in lines if set(line[1:]) != {"0"}]
+    )
 
 
 def _comparisons(rows: Sequence[Row], all_rows: Sequence[Row]) -> list[str]:
@@ -213,7 +212,7 @@ def _share_rows(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"## {title}", "", *table(head, rows), ""] if rows else []
+    return [f"## {title}", "", *number_table(head, rows), ""] if rows else []
 
 
 def _plain(text: str) -> str:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import zoo
-from coupling_tables import table
 from machine import describe
 from secateur.files import write_bytes
+from tables import number_table
 
 HERE = Path(__file__).resolve().parent
 SPARSITY = 0.5
@@ -135,11 +135,11 @@ def section_lines(results: Mapping[str, Any]) -> list[str]:
         if not row[f"{form}_{kind}"]["ok"]
     ]
     head = [f"of {len(rows)} architectures", *FORMS, "only unpruned", *(f"pruned, {axis} open" for axis in AXES)]
-    lines = [*table(head, counts), ""]
+    lines = [*number_table(head, counts), ""]
     if failed:
-        lines += ["What does not export:", "", *table(["model", "form", "file", "reason"], failed), ""]
+        lines += ["What does not export:", "", *number_table(["model", "form", "file", "reason"], failed), ""]
     lines += ["Largest difference to eager mode, relative to the largest output, of the pruned models:", ""]
-    return [*lines, *table(["model", "pt2", "onnx", "open"], map(_cells, rows)), ""]
+    return [*lines, *number_table(["model", "pt2", "onnx", "open"], map(_cells, rows)), ""]
 
 
 AXES = ("batch", "sequence")

@@ -25,6 +25,7 @@ from report_size import section_lines as report_lines
 from scaling import section_lines as scaling_lines
 from study_kills import section_lines as kill_lines
 from study_overhead import section_lines as overhead_lines
+from tables import number_table
 from vision_tables import section_lines as vision_lines
 
 HERE = Path(__file__).resolve().parent
@@ -61,12 +62,12 @@ def cifar10_resnet20(results: Mapping[str, Any], file: str) -> str:
         f"fine-tuned: {_recipe(tuning, protocol['batch_size'])}. Nothing is selected on the test set. Accuracies are "
         "on the test set; one column per seed.",
         "",
-        *_table(
+        *number_table(
             ["", *(f"seed {seed}" for seed in seeds), "mean"],
             [_accuracies("dense", dense, "dense_test_accuracy", seeds), *_pruned_rows(pruned, seeds)],
         ),
         "",
-        *_table(
+        *number_table(
             ["", "seed", "MACs", "params", "verified difference", "pruning took"],
             [_cost_row(row) for row in _ordered(pruned)],
         ),
@@ -131,10 +132,6 @@ def _recipe(recipe: Mapping[str, Any], batch_size: int) -> str:
         "bfloat16" if recipe["bf16"] else "",
     ]
     return ", ".join(part for part in parts if part)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
 def coupling(results: Mapping[str, Any], file: str) -> str:

@@ -182,6 +182,12 @@ def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return private_copy(model, converted).to(device="cpu", dtype=dtype)
 
 
+def channels_last_copy(model: nn.Module) -> nn.Module:
+    """A private copy whose conv weights are laid out channel by channel, which convolutions on CPUs prefer."""
+    copied: nn.Module = private_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    return copied
+
+
 def sharing_copy(model: nn.Module) -> nn.Module:
     """A private copy whose parameters are new objects over the memory of the model's: nothing may write to them.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError, ModelError, UnknownNameError
-from secateur.inputs import Inputs, private_copy
+from secateur.inputs import Inputs, channels_last_copy
 from secateur.onnxgraphs import feed, onnx_model, open_session, runtime_package
 from secateur.programs import prepared, program_of
 
@@ -32,7 +32,7 @@ def eager_channels_last(model: nn.Module, inputs: Inputs, threads: int) -> Run:
     def lay_out(tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
-    laid_out = private_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    laid_out = channels_last_copy(model)
     laid_out_inputs = inputs.map(lay_out)
     return lambda: laid_out_inputs.call(laid_out)
 

@@ -132,15 +132,12 @@ def _against_random(records: Sequence[Record]) -> str:
     tuned = [(a, gain) for a, b in rivals if (gain := paired(records, a, b, accuracy_finetuned))]
     if not tuned:
         return ""
-    text = (
-        "Against removing at random, averaged over sparsities, in points: "
-        + (
-            f"before fine-tuning {fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in pruned])}; "
-            if pruned
-            else ""
-        )
-        + f"after it {fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in tuned])}."
-    )
+    said = [
+        f"{when} {fmt.listed([f'{n} {fmt.signed_points(g.mean)}' for n, g in gains])}"
+        for when, gains in (("before fine-tuning", pruned), ("after it", tuned))
+        if gains
+    ]
+    text = f"Against removing at random, averaged over sparsities, in points: {'; '.join(said)}."
     if min(g.seeds for _, g in tuned) < FEW_SEEDS:
         return text + " With so few seeds, differences of this size after fine-tuning may be chance."
     clear = [n for n, g in tuned if g.low > 0]

@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur.errors import ArtifactError
 from secateur.files import write_bytes
-from secateur.inputs import private_copy
+from secateur.inputs import channels_last_copy
 from secateur.plans import tensor_shapes
 from secateur.study.spec import Training
 from secateur.study.tasks import TRAIN_SAMPLES, Task, task_of
@@ -61,7 +61,7 @@ def accuracy(model: nn.Module, task: Task, part: str, device: str, how: Training
     """
     most = TRAIN_SAMPLES if part == "train" else None
     if how.channels_last:
-        model = private_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        model = channels_last_copy(model)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=how.bf16):
         return evaluate(model, task.part(part, most), device=device).accuracy
 

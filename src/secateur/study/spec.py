@@ -89,7 +89,7 @@ class Training(Table):
     label_smoothing: float = Field(0.0, description="of the cross-entropy")
     clip_norm: float | None = Field(None, description="limit of the norm of all gradients together")
     bf16: bool = Field(False, description="forward, loss and evaluation under bfloat16 autocast")
-    channels_last: bool = Field(False, description="memory layout while training; often faster")
+    channels_last: bool = Field(False, description="memory layout in training and evaluation; often faster")
     augment: bool = Field(True, description="crops and flips, as the data set allows")
 
     def recipe(self, seed: int, epochs: int | None = None) -> Recipe:
