@@ -109,7 +109,9 @@ class LocalExecutor:
         ]
 
     def stop(self) -> None:
-        """Kill the workers; what they had under way goes on from its checkpoint another time."""
+        """Idle workers end by themselves, busy ones are killed: their jobs go on from a checkpoint another time."""
+        for worker in self._workers:
+            worker.dismiss()
         for worker in self._workers:
             worker.kill()
 
@@ -155,8 +157,15 @@ class _Worker:
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         return Ended(name, died=f"its worker died ({how})")
 
+    def dismiss(self) -> None:
+        """Nothing more will come: without a job, the process ends now, and cleans up what its libraries have opened."""
+        if self._link is not None:
+            self._link.close()
+
     def kill(self) -> None:
         if self._process is not None:
+            if self.job is None:
+                self._process.join(_STOP_SECONDS)
             self._process.kill()
             self._process.join(_STOP_SECONDS)
 
