@@ -133,6 +133,34 @@ def test_one_adamw_step_moves_every_weight_by_the_rate() -> None:
     assert torch.allclose((fitted.model.weight - model.weight).abs(), torch.full((2, 3), 0.01), atol=1e-4)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_adamw_is_the_textbooks_in_any_memory_layout(channels_last: bool) -> None:
+    """Kernels of optimisers work on raw memory: parameters, gradients and moments have to lie alike."""
+    recipe = Recipe(epochs=1, lr=0.01, schedule="constant", optimizer="adamw", weight_decay=0.1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, (3, 1)), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.LazyLinear(2)
+    )
+    batches = [(torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 0, 1, 1])) for _ in range(4)]
+    model(batches[0][0])
+    fitted = fit(model, batches, replace(recipe, channels_last=channels_last))
+    expected = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.01, weight_decay=0.1, foreach=False, fused=False)
+    for x, y in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(expected(x), y).backward()
+        optimizer.step()
+    for name, parameter in expected.named_parameters():
+        assert torch.allclose(fitted.model.get_parameter(name), parameter, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_adamw_trains_other_precisions(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    recipe = Recipe(epochs=1, lr=0.01, schedule="constant", optimizer="adamw", weight_decay=0.0)
+    fitted = fit(model, [(torch.randn(5, 3, dtype=dtype), torch.tensor([0, 1, 0, 1, 1]))], recipe)
+    assert torch.allclose((fitted.model.weight - model.weight).abs(), torch.full((2, 3), 0.01, dtype=dtype), atol=2e-3)
+
+
 def test_clipping_bounds_the_step() -> None:
     model, batch = nn.Linear(3, 2), (100 * torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))
     recipe = Recipe(epochs=1, lr=1.0, schedule="constant", momentum=0.0, weight_decay=0.0)

@@ -219,7 +219,9 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     if not trained:
         raise InputError("the model has no parameter that requires a gradient: there is nothing to train.")
     if recipe.optimizer == "adamw":
-        return AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        # torch chooses well on a GPU; on a CPU it goes tensor by tensor, five times as slowly as in one pass
+        fused = all(parameter.device.type == "cpu" and parameter.is_floating_point() for parameter in trained)
+        return AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused or None)
     nesterov = recipe.nesterov and recipe.momentum > 0
     return SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=nesterov)
 
