@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -203,6 +204,16 @@ def test_only_what_aims_at_the_same_is_paired():
     assert paired(records, "l1", "magnitude, weights") is None  # channels against weights: not the same sparsity
     assert paired(records, "l1", "smaller") is not None
     assert paired(records, "magnitude, weights", "smaller") is not None
+
+
+def test_half_of_one_layer_is_not_compared_with_half_of_all() -> None:
+    everywhere, elsewhere = ([cell(f"{m}, weights", 0.5, k) for k in range(3)] for m in ("wanda", "magnitude"))
+    one_layer = [cell("wanda, last layer, weights", 0.5, k, weights_left=0.97) for k in range(3)]
+    records = [*everywhere, *elsewhere, *one_layer]
+    assert {(d.first, d.second) for d in duels(records)} == set(permutations(("wanda, weights", "magnitude, weights")))
+    assert any(
+        "only compared where as many weights are left" in text for text in find(records, summarise(records)).warnings
+    )
 
 
 def test_methods_with_several_scopes_are_paired_scope_by_scope():

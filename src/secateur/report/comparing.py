@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Value = Callable[[Record], float]
 Place = tuple[str, str, str, float, int]  # model, data, target, sparsity, seed
+OFF_TARGET = 0.02  # sparsity recounted in the evaluated weights against sparsity asked for, or another method's
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def named(records: Iterable[Record]) -> dict[str, list[Record]]:
 def pairs(left: Iterable[Record], right: Iterable[Record]) -> list[tuple[Record, Record]]:
     """The records of both sides that share model, data, target, sparsity and seed, in the order of the left ones.
 
-    A smaller dense network has no target of its own: it stands beside whatever was pruned to the same fraction.
+    A smaller dense network has no target of its own: it stands beside whatever was pruned to the same fraction. Masked
+    models share a sparsity where as many of their weights are left: half of one layer is not half of all.
     """
     left, right = list(left), list(right)
     aimed = all(record.prunes != "nothing" for record in (*left, *right))
@@ -110,7 +112,13 @@ def pairs(left: Iterable[Record], right: Iterable[Record]) -> list[tuple[Record,
         else:
             by_scope = {record.scope: record for record in others}
             found += [(record, by_scope[record.scope]) for record in some if record.scope in by_scope]
-    return found
+    return [(one, other) for one, other in found if _equally_sparse(one, other)]
+
+
+def _equally_sparse(one: Record, other: Record) -> bool:
+    if one.weights_left is None or other.weights_left is None or {one.prunes, other.prunes} != {"weights"}:
+        return True
+    return abs(one.weights_left - other.weights_left) <= OFF_TARGET
 
 
 def differences(left: Sequence[Record], right: Sequence[Record], value: Value = accuracy_finetuned) -> list[Difference]:

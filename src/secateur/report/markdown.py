@@ -109,8 +109,9 @@ def _duels(duels: Duels) -> str:
         for method, cells in duels.rows
     ]
     note = (
-        "Points of fine-tuned test accuracy by which the row exceeds the column, paired by model, data, sparsity, "
-        "target and seed. * = the 95 % interval over three seeds or more leaves out zero.\n"
+        "Points of fine-tuned test accuracy by which the row exceeds the column, paired by model, data, sparsity "
+        "(masked models: weights left), target and seed. * = the 95 % interval over three seeds or more leaves "
+        "out zero.\n"
     )
     return markdown_rows(("", *duels.methods), rows) + "\n" + note
 
