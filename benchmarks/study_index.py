@@ -43,11 +43,10 @@ def _study(place: Path) -> Iterator[str]:
     text = (place / "report.md").read_text(encoding="utf-8")
     with (place / "rows.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if not row["error"]]
-    minutes = sum(float(row["seconds"]) for row in rows) / 60
     yield f"#{text.splitlines()[0]}"
     yield ""
     links = ", ".join(f"[{name}]({place.name}/{name})" for name in ("report.html", "report.md", "rows.csv"))
-    yield f"{links}: {len(rows)} trials, {minutes:.0f} minutes of one core without the dense models."
+    yield f"{links}: {len(rows)} trials."
     yield ""
     found = [
         [one["title"], f"{_dense(rows, one['title']):.1%}", one["trials"], f"{one['headline']} ({one['setting']})"]

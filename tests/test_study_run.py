@@ -237,9 +237,9 @@ def evaluated(monkeypatch, tmp_path, place):
     found = {}
     before = running.record_of
 
-    def kept(bench, stages, seconds):
+    def kept(bench, stages, start):
         found["models"] = (bench.dense.model, stages.cut, stages.tuned)
-        return before(bench, stages, seconds)
+        return before(bench, stages, start)
 
     monkeypatch.setattr(running, "record_of", kept)
 

@@ -20,6 +20,7 @@ from secateur.report.looks import (
     figure,
     line,
     marker,
+    with_room,
 )
 from secateur.report.palette import CHANCE, FAINT, INK, MUTED, SURFACE
 from secateur.report.records import Record
@@ -69,7 +70,7 @@ def drop_over_sparsity(records: Sequence[Record], summaries: Sequence[Summary]) 
     found.add_hline(y=0, line={"color": MUTED, "dash": "dash", "width": 1.5}, layer="below")
     found.update_xaxes(range=[0, right], tickformat=".0%", dtick=0.1)
     found.update_yaxes(tickformat=".1~f")
-    return found
+    return with_room(found)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def accuracy_over_cost(records: Sequence[Record], summaries: Sequence[Summary], 
     )
     found.update_xaxes(rangemode="tozero", tickformat="~s" if axis.unit != "ms" else "~g")
     found.update_yaxes(tickformat=".1~%")
-    return found
+    return with_room(found)
 
 
 def speedup_over_macs(records: Sequence[Record], summaries: Sequence[Summary]) -> Figure:
@@ -181,7 +182,7 @@ def speedup_over_macs(records: Sequence[Record], summaries: Sequence[Summary]) -
         found.update_yaxes(ticksuffix=fmt.CROSS, type="log", range=ends, dtick="D2")
     else:
         found.update_yaxes(ticksuffix=fmt.CROSS, range=[max(0.0, low - 0.1), top])
-    return found
+    return with_room(found)
 
 
 def dense_of(records: Sequence[Record]) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DODGE = 0.004  # methods stand side by side, so that their error bars do not cover each other
 MANY_POINTS = 40  # on one curve, from which on its markers would be a band
+HALF_WIDTH = 400  # pixels that a legend has in a chart of half the page's width
+LEGEND_ROWS = (3, 16)  # that fit without making a chart taller, and that are worth making it taller for
 MANY_CURVES = 4  # above which pruned lines go without error bars, and the line styles are explained below the chart
 HOVER = "%{customdata}<extra></extra>"
 SETTINGS, TRIALS = "settings", "trials"  # whose places a trace's customdata holds; the page puts the texts in
@@ -161,4 +164,15 @@ def figure(x_title: str, y_title: str, height: int = 380) -> Figure:
         xaxis={**axis, "title": {**axis["title"], "text": x_title}, "showgrid": False, "showline": True},
         yaxis={**axis, "title": {**axis["title"], "text": y_title}},
     )
+    return found
+
+
+def with_room(found: Figure) -> Figure:
+    """A chart of half the page's width, taller by what its legend needs more than a few rows."""
+    names = [len(trace.name) for trace in found.data if trace.name and trace.showlegend is not False]
+    symbol, letter, row = 46, 6.6, 19  # pixels, as drawn
+    across = max(1, int(HALF_WIDTH / (symbol + letter * max(names, default=1))))
+    usual, most = LEGEND_ROWS
+    more = min(most, math.ceil(len(names) / across)) - usual
+    found.update_layout(height=found.layout.height + row * max(0, more))
     return found

@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from secateur.report import format as fmt
-from secateur.report.looks import figure
+from secateur.report.looks import figure, with_room
 from secateur.report.palette import CHANCE, MUTED, SURFACE, styles
 from secateur.report.statistics import Estimate, Summary
 
@@ -199,7 +199,7 @@ def family_lines(family: Family, looks: Mapping[str, tuple[str, str]]) -> Figure
                 )
     found.update_xaxes(range=[0, right], tickformat=".0%")
     found.update_yaxes(tickformat=".0%")
-    return found
+    return with_room(found)
 
 
 def family_looks(found: Sequence[Family]) -> dict[str, tuple[str, str]]:

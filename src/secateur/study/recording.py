@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from secateur.weightlayers import weight_layers
 MEANS = {"channels": "channels", "weights": "weights", "nothing": "channels"}  # what a plain sparsity is a fraction of
 
 
-def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
-    """Evaluate, recount and time the models of a trial."""
+def record_of(bench: Bench, stages: Stages, start: float) -> Record:
+    """Evaluate, recount and time the models of a trial that began at `start`, in `time.perf_counter`'s seconds."""
     trial, dense, method = bench.trial, bench.dense, bench.trial.method
     model = stages.tuned
     before, after = count(dense.model, bench.example), count(model, bench.example)
@@ -53,7 +54,6 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
         widths=tuple(LayerWidth(row.layer, row.before, row.after, row.block) for row in stages.plan.widths)
         if stages.plan
         else (),
-        seconds=seconds,
         validation_dense=dense.scores.validation,
         validation_finetuned=scores.validation,
         train_dense=dense.scores.train,
@@ -68,6 +68,7 @@ def record_of(bench: Bench, stages: Stages, seconds: float) -> Record:
         layers=layers,
         timings=timings,
         fingerprint=fingerprint(bench),
+        seconds=time.perf_counter() - start,  # after everything above
     )
 
 

@@ -43,7 +43,7 @@ def run_trial(trial: Trial, place: Workplace) -> Result:
         task, dense = place.task(trial.dense), trained(trial.dense, place)
         bench = Bench(trial, place, task, dense, folder, task.calibration(trial.calibration, trial.seed))
         stages = METHODS[trial.method.prunes](bench)
-        record = record_of(bench, stages, time.perf_counter() - start)
+        record = record_of(bench, stages, start)
     result = Result(record, (*points("dense", dense.history), *bench.curve))
     write_bytes(done, result.to_json().encode())
     return result
