@@ -139,7 +139,7 @@ def _against_random(records: Sequence[Record]) -> str:
     ]
     text = f"Against removing at random, averaged over sparsities, in points: {'; '.join(said)}."
     if min(g.seeds for _, g in tuned) < FEW_SEEDS:
-        return text + " With so few seeds, differences of this size after fine-tuning may be chance."
+        return text + " With so few seeds, a difference of a point or two may be chance."
     clear = [n for n, g in tuned if g.low > 0]
     return text + (f" Clear of chance at 95 % after fine-tuning: {fmt.listed(clear) if clear else 'none'}.")
 
