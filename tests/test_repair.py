@@ -49,19 +49,35 @@ def chain(**options: object) -> nn.Module:
 def test_the_solution_is_that_of_the_stacked_least_squares_problem(centred: bool) -> None:
     x, y, old = images(40, 7).numpy(), images(40, 3, seed=1).numpy(), images(3, 7, seed=2).numpy()
     x, y = x + 2, y - 1  # means that matter
+    weights = np.linspace(0.1, 1, 40)
     moments = Moments()
     for start in (0, 10, 25, 40):
         stop = {0: 10, 10: 25, 25: 40, 40: 40}[start]
         if stop > start:
-            moments.add(torch.tensor(x[None, start:stop]), torch.tensor(y[None, start:stop]))
-    a, b = (x - x.mean(0), y - y.mean(0)) if centred else (x, y)
-    ridge = 0.1 * np.mean((a**2).mean(0))
-    stacked = np.vstack([a / math.sqrt(40), math.sqrt(ridge) * np.eye(7)])
-    wanted = np.vstack([b / math.sqrt(40), math.sqrt(ridge) * old.T])
+            rows = slice(start, stop)
+            moments.add(torch.tensor(x[None, rows]), torch.tensor(y[None, rows]), torch.tensor(weights[rows]))
+    means = [np.average(values, axis=0, weights=weights) for values in (x, y)]
+    a, b = (x - means[0], y - means[1]) if centred else (x, y)
+    share = np.sqrt(weights / weights.sum())[:, None]
+    ridge = 0.1 * np.mean(((share * a) ** 2).sum(0))
+    stacked = np.vstack([share * a, math.sqrt(ridge) * np.eye(7)])
+    wanted = np.vstack([share * b, math.sqrt(ridge) * old.T])
     expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
     found = solved(moments, torch.tensor(old)[None], 0.1, centred=centred)
     assert np.allclose(found[0].numpy(), expected)
     assert not np.allclose(expected, old)
+
+
+def test_positions_with_huge_activations_do_not_outweigh_all_others() -> None:
+    """As the first token of a transformer: hundreds of times as large, and made small again by the norm behind."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)).double().eval()
+    x = torch.randn(64, 9, 6, dtype=torch.float64)
+    x[:, 0] = 300 * torch.rand(6, dtype=torch.float64)
+    pruned = sc.prune(model, x[:2], sparsity=0.5, repair=())
+    for steps in (("fold",), ("least_squares",)):
+        repaired = sc.repair(pruned.model, [x], dense=model, plan=pruned.plan, steps=steps)
+        assert error(repaired, model, x[:, 1:]) < error(pruned.model, model, x[:, 1:])
 
 
 # -- laws ------------------------------------------------------------------------------------------------------------

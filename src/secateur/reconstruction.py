@@ -4,12 +4,16 @@ Layer by layer in order of execution: each is fitted on the inputs it really get
 it, towards what the dense model's layer made of the same samples. Only second moments are kept (X^T X, X^T Y), so that
 memory does not grow with the data.
 
+A position whose outputs are far larger than the usual is weighted down. Transformers have a few, with activations
+hundreds of times the others' (Sun 2024, arXiv 2402.17762): the norm behind takes the size away again, but in a plain
+sum of squares they outweigh all the rest, and their mean, folded into a bias, spoils it.
+
 Sources: He 2017, arXiv 1707.06168, section 3.1 (least squares on what remains); Luo 2017, arXiv 1707.06342.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +25,7 @@ from secateur.errors import CalibrationError
 from secateur.layercalls import LayerCall, LayerCalls
 from secateur.plans import Plan, named_tensors
 
+OUTLIERS = 4.0  # times the median energy of a layer's outputs, above which a position counts for less
 TARGET_BYTES = 1 << 29  # of the dense model's outputs that are kept between its passes
 
 
@@ -54,18 +59,18 @@ class Layer:
 
 @dataclass(eq=False)
 class Moments:
-    """Sums over equations, per group of channels: inputs X (rows, k), outputs Y (rows, out)."""
+    """Sums over weighted equations, per group of channels: inputs X (rows, k), outputs Y (rows, out)."""
 
-    count: int = 0
+    count: float = 0.0  # of equations: the sum of their weights
     sums: list[Tensor] = field(default_factory=list)  # X, Y, X^T X, X^T Y, each (groups, ...), float64
 
-    def add(self, patches: Tensor, targets: Tensor) -> None:
-        """`patches` (groups, rows, k), `targets` (groups, rows, out)."""
-        across = patches.transpose(1, 2)
-        values = [patches.sum(1), targets.sum(1), across @ patches, across @ targets]
+    def add(self, patches: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """`patches` (groups, rows, k), `targets` (groups, rows, out), `weights` (rows,)."""
+        across = patches.transpose(1, 2) * weights
+        values = [across.sum(2), (targets * weights[:, None]).sum(1), across @ patches, across @ targets]
         wide = [value.to(device="cpu", dtype=torch.float64) for value in values]
         self.sums = [total + value for total, value in zip(self.sums, wide, strict=True)] if self.sums else wide
-        self.count += patches.shape[1]
+        self.count += float(weights.sum())
 
 
 def reconstruct_(
@@ -92,18 +97,28 @@ def reconstruct_(
     before = {name: tensor.detach().clone() for name, tensor in named_tensors(dense).items()}
     targets = _Targets(dense, batches, fitting, forward, kept)
     for number, layer in enumerate(layers):
-        moments = Moments()
-        for batch, calls in zip(batches, targets.of(layers, number), strict=True):
+        moments, equations = Moments(), targets.of(layers, number)
+        limit = OUTLIERS * _typical(target for calls in equations for _, target in calls)
+        for batch, calls in zip(batches, equations, strict=True):
             seen: list[LayerCall] = []
             run_until(small, {layer.name: layer.calls}, batch, forward, seen.append)
             for call, (positions, target) in zip(seen, calls, strict=True):
+                wanted = target.to(call.input.device)
+                weights = (limit / _energies(wanted)).clamp_max(1.0) if limit else wanted.new_ones(len(wanted))
                 groups = call.groups
-                moments.add(
-                    call.patches(positions),
-                    target.reshape(len(target), groups, -1).transpose(0, 1).to(call.input.device),
-                )
+                moments.add(call.patches(positions), wanted.reshape(len(wanted), groups, -1).transpose(0, 1), weights)
         _fit_(tensors, layer, moments, fitting, before, kept)
     return tuple(layer.name for layer in layers)
+
+
+def _energies(target: Tensor) -> Tensor:
+    """(rows,): the squared norm of each position's outputs, per channel."""
+    return target.square().mean(1)
+
+
+def _typical(targets: Iterable[Tensor]) -> float:
+    """The median over positions of their outputs' energy."""
+    return float(torch.cat([_energies(target).double().cpu() for target in targets]).median())
 
 
 def run_until(
