@@ -13,7 +13,7 @@ Sources: He 2017, arXiv 1707.06168, section 3.1 (least squares on what remains);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,27 +98,15 @@ def reconstruct_(
     targets = _Targets(dense, batches, fitting, forward, kept)
     for number, layer in enumerate(layers):
         moments, equations = Moments(), targets.of(layers, number)
-        limit = OUTLIERS * _typical(target for calls in equations for _, target in calls)
-        for batch, calls in zip(batches, equations, strict=True):
+        for batch, calls, weights in zip(batches, equations, _weights(equations), strict=True):
             seen: list[LayerCall] = []
             run_until(small, {layer.name: layer.calls}, batch, forward, seen.append)
-            for call, (positions, target) in zip(seen, calls, strict=True):
-                wanted = target.to(call.input.device)
-                weights = (limit / _energies(wanted)).clamp_max(1.0) if limit else wanted.new_ones(len(wanted))
-                groups = call.groups
-                moments.add(call.patches(positions), wanted.reshape(len(wanted), groups, -1).transpose(0, 1), weights)
+            for call, (positions, target), weight in zip(seen, calls, weights, strict=True):
+                groups, device = call.groups, call.input.device
+                wanted = target.reshape(len(target), groups, -1).transpose(0, 1).to(device)
+                moments.add(call.patches(positions), wanted, weight.to(device))
         _fit_(tensors, layer, moments, fitting, before, kept)
     return tuple(layer.name for layer in layers)
-
-
-def _energies(target: Tensor) -> Tensor:
-    """(rows,): the squared norm of each position's outputs, per channel."""
-    return target.square().mean(1)
-
-
-def _typical(targets: Iterable[Tensor]) -> float:
-    """The median over positions of their outputs' energy."""
-    return float(torch.cat([_energies(target).double().cpu() for target in targets]).median())
 
 
 def run_until(
@@ -176,6 +164,15 @@ def _layers(model: nn.Module, batches: Sequence[Any], fitting: Fitting, forward:
 
 
 Equations = list[tuple[Tensor, Tensor]]  # per call: positions, the outputs there
+
+
+def _weights(equations: Sequence[Equations]) -> list[list[Tensor]]:
+    """Per batch and call (rows,): 1, or less where the outputs have more than OUTLIERS times the median energy."""
+    energies = [[target.square().mean(1) for _, target in calls] for calls in equations]
+    limit = OUTLIERS * float(torch.cat([energy.double().cpu() for calls in energies for energy in calls]).median())
+    if not limit:  # most outputs are zero, and nothing is usual
+        return [[torch.ones_like(energy) for energy in calls] for calls in energies]
+    return [[(limit / energy).clamp_max(1.0) for energy in calls] for calls in energies]
 
 
 @dataclass(eq=False)
@@ -251,7 +248,7 @@ def _fit_(
 def solved(moments: Moments, weight: Tensor, damping: float, *, centred: bool) -> Tensor:
     """(groups, out, k): argmin over W of |X W^T - Y|^2 / rows + damping * mean(diag(X^T X / rows)) * |W - weight|^2.
 
-    `centred`: X and Y less their means, as a constant is taken up elsewhere.
+    Rows count by their weights. `centred`: X and Y less their means, as a constant is taken up elsewhere.
     """
     sum_x, sum_y, across, mixed = (total / moments.count for total in moments.sums)
     if centred:

@@ -44,6 +44,7 @@ def repair(
       BatchNorm behind it. Exact for channels that are constant.
     - "least_squares": every layer that lost inputs is fitted to what `dense` makes of the same samples, in order of
       execution, on the inputs that the layers repaired before it give (He 2017, arXiv 1707.06168); includes "fold".
+      Positions with far larger outputs than the usual count for less, here and in "fold".
     - "batch_norm": BatchNorm statistics become the exact averages over up to `batches` batches (Li 2020, EagleEye,
       arXiv 2007.02491).
 
