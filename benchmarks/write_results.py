@@ -21,11 +21,13 @@ from language_tables import gpu_section_lines as gpu_language_lines
 from language_tables import section_lines as language_lines
 from method_tables import section_lines as method_lines
 from observing import section_lines as observing_lines
+from outliers import section_lines as outlier_lines
 from report_size import section_lines as report_lines
 from scaling import section_lines as scaling_lines
 from study_kills import section_lines as kill_lines
 from study_overhead import section_lines as overhead_lines
 from tables import number_table
+from text_latency import section_lines as text_latency_lines
 from vision_tables import section_lines as vision_lines
 
 HERE = Path(__file__).resolve().parent
@@ -43,16 +45,17 @@ def render(folder: Path) -> str:
     unknown = [file.name for file in files if file.stem not in SECTIONS]
     if unknown or not files:
         raise SystemExit(f"{folder}: " + (f"no section is known for {unknown}" if unknown else "there are no results"))
-    return "\n".join([INTRODUCTION, *(SECTIONS[file.stem](json.loads(file.read_text()), file.name) for file in files)])
+    sections = (SECTIONS[file.stem](json.loads(file.read_text()), file.name) for file in files)
+    return "\n".join([INTRODUCTION, *(line for lines in sections for line in lines)])
 
 
-def cifar10_resnet20(results: Mapping[str, Any], file: str) -> str:
+def cifar10_resnet20(results: Mapping[str, Any], file: str) -> list[str]:
     """Dense training, then half of the MACs removed by each criterion."""
     protocol, dense, pruned = results["protocol"], results["dense"], results["pruned"]
     seeds = sorted(row["seed"] for row in dense)
     recipe, tuning = protocol["training"], protocol["fine_tuning"]
     command = f"python benchmarks/cifar10_resnet20.py --data-dir DATA --seeds {' '.join(map(str, seeds))}"
-    lines = [
+    return [
         f"## ResNet-20 on CIFAR-10, pruned to {protocol['max_macs']:.0%} of its MACs",
         "",
         f"Command: `{command}`, where DATA holds the CIFAR-10 parquet files. File: `benchmarks/results/{file}`.",
@@ -76,8 +79,8 @@ def cifar10_resnet20(results: Mapping[str, Any], file: str) -> str:
         "zeroed, relative to the largest output, before repair and fine-tuning.",
         "",
         *(_training_line(row) for row in sorted(dense, key=lambda row: row["seed"])),
+        "",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _pruned_rows(pruned: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[list[str]]:
@@ -134,9 +137,9 @@ def _recipe(recipe: Mapping[str, Any], batch_size: int) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def coupling(results: Mapping[str, Any], file: str) -> str:
+def coupling(results: Mapping[str, Any], file: str) -> list[str]:
     """Secateur and Torch-Pruning side by side; the table per model stays beside the figures."""
-    lines = [
+    return [
         "## Any model: side by side with Torch-Pruning",
         "",
         f"Command: `make coupling`. File: `benchmarks/results/{file}`, and per model "
@@ -146,12 +149,11 @@ def coupling(results: Mapping[str, Any], file: str) -> str:
         "",
         *headline_lines(results),
     ]
-    return "\n".join(lines)
 
 
-def exports(results: Mapping[str, Any], file: str) -> str:
+def exports(results: Mapping[str, Any], file: str) -> list[str]:
     """Which architectures export, unpruned and pruned."""
-    lines = [
+    return [
         "## Export: .pt2 and ONNX",
         "",
         f"Command: `python benchmarks/exports.py`. File: `benchmarks/results/{file}`.",
@@ -161,12 +163,11 @@ def exports(results: Mapping[str, Any], file: str) -> str:
         "",
         *section_lines(results),
     ]
-    return "\n".join(lines)
 
 
-def scaling(results: Mapping[str, Any], file: str) -> str:
+def scaling(results: Mapping[str, Any], file: str) -> list[str]:
     """Depth against time, and a model without its weights."""
-    lines = [
+    return [
         "## Size: long models, and one that does not fit",
         "",
         f"Command: `python benchmarks/scaling.py`. File: `benchmarks/results/{file}`.",
@@ -177,22 +178,23 @@ def scaling(results: Mapping[str, Any], file: str) -> str:
         *scaling_lines(results),
         "",
     ]
-    return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
+SECTIONS: dict[str, Callable[[Mapping[str, Any], str], list[str]]] = {
     "cifar10_resnet20": cifar10_resnet20,
     "coupling": coupling,
     "exports": exports,
-    "gpu_language_models": lambda results, file: "\n".join(gpu_language_lines(results, file)),
-    "language_models": lambda results, file: "\n".join(language_lines(results, file)),
-    "observing": lambda results, file: "\n".join(observing_lines(results, file)),
-    "methods": lambda results, file: "\n".join(method_lines(results, file)),
-    "report_size": lambda results, file: "\n".join(report_lines(results, file)),
+    "gpu_language_models": gpu_language_lines,
+    "language_models": language_lines,
+    "methods": method_lines,
+    "observing": observing_lines,
+    "outliers": outlier_lines,
+    "report_size": report_lines,
     "scaling": scaling,
-    "study_kills": lambda results, file: "\n".join(kill_lines(results, file)),
-    "study_overhead": lambda results, file: "\n".join(overhead_lines(results, file)),
-    "vision_transformers": lambda results, file: "\n".join(vision_lines(results, file)),
+    "study_kills": kill_lines,
+    "study_overhead": overhead_lines,
+    "text_latency": text_latency_lines,
+    "vision_transformers": vision_lines,
 }
 
 
