@@ -113,12 +113,49 @@ def test_a_transformer_is_pruned_saved_and_exported_as_shown(tmp_path: Path, mon
     assert (tmp_path / "small.onnx").is_file()
 
 
-def test_every_link_of_the_readme_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    assert len(links) >= 5
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs secateur[hf]")
+def test_the_guide_to_transformers_runs_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_torchvision()
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    decoder = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 50}
+    tokens = [torch.randint(50, (16, 12)) for _ in range(8)]
+    names: dict[str, Any] = {
+        "sc": sc,
+        "classifier": BertForSequenceClassification(BertConfig(vocab_size=50, **shape)).eval(),
+        "batches": [{"input_ids": ids, "labels": torch.randint(2, (16,))} for ids in tokens],
+        "example": {"input_ids": tokens[0][:1]},
+        "tokenizer": None,
+        "language_model": GPT2LMHeadModel(GPT2Config(**decoder)).eval(),
+        "windows": tokens,
+        "unseen": torch.randint(50, (300,)),
+    }
+    guide = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    found = blocks("python", guide)
+    assert len(found) == 6
+    for code in found:
+        exec(compile(code, "transformers.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "layers fitted by least squares" in printed and printed.count("perplexity ") == 2
+    left = sum(parameter.numel() for parameter in names["small"].bert.encoder.parameters())
+    assert left <= 0.4 * sum(parameter.numel() for parameter in names["classifier"].bert.encoder.parameters())
+    assert names["result"].masks.sparsity == 0.5 and (tmp_path / "sparse" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
     files = [link.partition("#")[0] for link in links if not link.startswith("http")]
-    missing = [file for file in files if not (ROOT / file).exists()]
+    missing = [file for file in files if not (page.parent / file).exists()]
     assert not missing
+    assert links
 
 
 def run_example(name: str) -> None:
