@@ -21,7 +21,7 @@ from language_tables import gpu_section_lines as gpu_language_lines
 from language_tables import section_lines as language_lines
 from method_tables import section_lines as method_lines
 from observing import section_lines as observing_lines
-from outliers import section_lines as outlier_lines
+from repairs import section_lines as repair_lines
 from report_size import section_lines as report_lines
 from scaling import section_lines as scaling_lines
 from study_kills import section_lines as kill_lines
@@ -188,7 +188,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any], str], list[str]]] = {
     "language_models": language_lines,
     "methods": method_lines,
     "observing": observing_lines,
-    "outliers": outlier_lines,
+    "repairs": repair_lines,
     "report_size": report_lines,
     "scaling": scaling,
     "study_kills": kill_lines,

@@ -15,7 +15,7 @@ import secateur as sc
 from nets_for_tests import CASES, Case, Net, randomised
 from secateur import reconstruction
 from secateur.errors import CalibrationError, DataError, InputError, PlanMismatchError, UnknownNameError
-from secateur.reconstruction import Moments, run_until, solved
+from secateur.reconstruction import Moments, run_until, scaled, solved
 
 
 def plan_without(model: nn.Module, example: Tensor, gone: dict[str, list[int]]) -> sc.Plan:
@@ -68,6 +68,37 @@ def test_the_solution_is_that_of_the_stacked_least_squares_problem(centred: bool
     assert not np.allclose(expected, old)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_outputs_are_scaled_as_numpy_scales_them(centred: bool) -> None:
+    random = np.random.default_rng(1)
+    x, y = random.normal(1, 1, (300, 7)), random.normal(size=(300, 4))
+    old, weights = random.normal(size=(4, 7)), random.uniform(0.1, 1.0, 300)
+    moments = Moments()
+    moments.add(torch.tensor(x)[None], torch.tensor(y)[None], torch.tensor(weights))
+    means = [(weights[:, None] * z).sum(0) / weights.sum() for z in (x, y)]
+    a, b = (x - means[0], y - means[1]) if centred else (x, y)
+    share = np.sqrt(weights / weights.sum())[:, None]
+    made = share * (a @ old.T)
+    ridge = (0.1 + 1 / weights.sum()) * np.mean((made**2).sum(0))
+    expected = []
+    for row, own, wanted in zip(old, made.T, (share * b).T, strict=True):
+        matrix, target = np.append(own, math.sqrt(ridge))[:, None], np.append(wanted, math.sqrt(ridge))
+        expected.append(row * np.linalg.lstsq(matrix, target, rcond=None)[0][0])
+    found = scaled(moments, torch.tensor(old)[None], 0.1, centred=centred)
+    assert np.allclose(found[0].numpy(), np.stack(expected), rtol=1e-6)
+    assert not np.allclose(expected, old)
+
+
+def test_outputs_that_do_not_vary_keep_their_scale() -> None:
+    x, old = torch.ones(1, 40, 3, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)
+    moments = Moments()
+    moments.add(x, torch.randn(1, 40, 2, dtype=torch.float64), torch.ones(40))
+    assert torch.allclose(scaled(moments, old, 0.01, centred=True), old, rtol=1e-6)
+    one = Moments()
+    one.add(torch.randn(1, 1, 3, dtype=torch.float64), torch.randn(1, 1, 2, dtype=torch.float64), torch.ones(1))
+    assert torch.allclose(scaled(one, old, 0.01, centred=True), old, rtol=1e-6)
+
+
 def test_positions_with_huge_activations_do_not_outweigh_all_others() -> None:
     """As the first token of a transformer: hundreds of times as large, and made small again by the norm behind."""
     torch.manual_seed(0)
@@ -75,7 +106,7 @@ def test_positions_with_huge_activations_do_not_outweigh_all_others() -> None:
     x = torch.randn(64, 9, 6, dtype=torch.float64)
     x[:, 0] = 300 * torch.rand(6, dtype=torch.float64)
     pruned = sc.prune(model, x[:2], sparsity=0.5, repair=())
-    for steps in (("fold",), ("least_squares",)):
+    for steps in (("fold",), ("scale",), ("least_squares",)):
         repaired = sc.repair(pruned.model, [x], dense=model, plan=pruned.plan, steps=steps)
         assert error(repaired, model, x[:, 1:]) < error(pruned.model, model, x[:, 1:])
 
@@ -96,8 +127,24 @@ def test_a_removed_twin_is_made_up_for_exactly() -> None:
     assert error(model, repaired, x) < 1e-12 * error(model, small, x)
 
 
+def test_outputs_that_lost_half_of_every_sum_are_doubled() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[4:] = parameter[:4]
+        model[2].weight[:, 4:] = model[2].weight[:, :4]
+    x = torch.randn(4000, 5, dtype=torch.float64)
+    plan = plan_without(model, x[:2], {"0": [4, 5, 6, 7]})
+    small = sc.shrink(model, plan)
+    scale, fold = (
+        sc.repair(small, [x], dense=model, plan=plan, steps=(step,), damping=0) for step in ("scale", "fold")
+    )
+    assert torch.allclose(scale[2].weight, 2 * small[2].weight, rtol=1e-3)
+    assert error(model, scale, x) < 1e-3 * error(model, fold, x) < error(model, small, x)
+
+
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("steps", [("fold",), ("least_squares",)])
+@pytest.mark.parametrize("steps", [("fold",), ("scale",), ("least_squares",)])
 def test_a_removed_constant_is_folded_exactly(norm: bool, steps: tuple[str, ...]) -> None:
     layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3, bias=not norm)]
     model = nn.Sequential(*layers, *([nn.BatchNorm2d(5)] if norm else []), nn.ReLU(), nn.Conv2d(5, 4, 1))
@@ -248,8 +295,8 @@ def test_prune_fits_where_the_data_is_enough_and_says_what_it_left_out() -> None
     much, little = [(images(64, 3, 9, 9), torch.zeros(64))], [(images(1, 3, 5, 5), torch.zeros(1))]
     assert sc.prune(model, example, sparsity=0.4, data=much).summary.repairs == ("least_squares",)
     pruned = sc.prune(model, example, sparsity=0.4, data=little)
-    assert pruned.summary.repairs == () and "too small" in pruned.summary.left_out
-    assert "too small" in str(pruned.summary)
+    assert pruned.summary.repairs == ("scale",) and "too small" in pruned.summary.left_out
+    assert "outputs scaled" in str(pruned.summary) and "too small" in str(pruned.summary)
     assert sc.prune(model, example, sparsity=0.4, data=iter(little)).summary.left_out == pruned.summary.left_out
     assert sc.prune(model, example, sparsity=0.4, data=much, repair=("fold",)).summary.repairs == ("fold",)
     assert sc.prune(model, example, sparsity=0.4, data=much, repair=()).summary.repairs == ()

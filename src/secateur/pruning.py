@@ -32,6 +32,7 @@ from secateur.verification import verified_program, verify
 _REPAIRS = {
     "batch_norm": "BatchNorm statistics re-estimated",
     "fold": "constants folded",
+    "scale": "outputs scaled",
     "least_squares": "layers fitted by least squares",
 }
 _REPAIR_BATCHES = 100  # of an iterator, which can be read only once
@@ -123,8 +124,8 @@ def prune(
 
     Give `sparsity=` (the fraction of channels to remove, or {layer pattern: fraction}) or `target=`. `data`: training
     batches for criteria that need them and for the repair; without it repair is skipped and the summary says so.
-    `repair`: the steps of `secateur.repair` to take; by default least squares, where the data is enough for it, and
-    BatchNorm statistics; `()` for none. `ignore`: modules whose outputs keep their width. `prune_residual`: widths
+    `repair`: the steps of `secateur.repair` to take; by default least squares, or scales where the data is too little
+    for it, and BatchNorm statistics; `()` for none. `ignore`: modules whose outputs keep their width. `prune_residual`: widths
     under LayerNorm and RMSNorm may shrink too (residual streams); the proof then takes norms over live channels. For
     the rest see `select` and `score`.
 
@@ -310,8 +311,8 @@ def _repaired(
     except CalibrationError as error:
         if steps is not None:
             raise
-        chosen, left_out = ("batch_norm",), str(error)
-        mended = repairing.repair(small, again, steps=chosen, forward=forward)
+        chosen, left_out = repairing.LITTLE_DATA, str(error)
+        mended = repairing.repair(small, again, dense=dense, plan=plan, steps=chosen, seed=seed, forward=forward)
     return mended, tuple(step for step in chosen if step != "batch_norm" or repairing.repairable(small)), left_out
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,14 @@ OUTLIERS = 4.0  # times the median energy of a layer's outputs, above which a po
 TARGET_BYTES = 1 << 29  # of the dense model's outputs that are kept between its passes
 
 
+Way = Literal["least_squares", "scale", "fold"]  # what is fitted: whole weights; one number per output; only means
+
+
 @dataclass(frozen=True)
 class Fitting:
     """How to fit. Checked where it is made, in `repair`."""
 
-    weights: bool = True  # False: only the means are put right, which folds removed channels' constants into biases
+    way: Way = "least_squares"
     damping: float = 0.01  # times the mean of the diagonal of X^T X; pulls towards the weights as they are
     positions: int = 64  # output positions per sample, drawn at random
     seed: int = 0
@@ -87,7 +90,7 @@ def reconstruct_(
     """
     kept = {(cut.tensor, cut.dim): torch.tensor(cut.kept) for cut in plan.cuts}
     layers = [layer for layer in _layers(small, batches, fitting, forward) if (layer.name, 1 - layer.out_dim) in kept]
-    for layer in layers if fitting.weights else ():
+    for layer in layers if fitting.way == "least_squares" else ():
         if layer.rows < layer.unknowns:
             raise CalibrationError(
                 f"the calibration data is too small: it gives {layer.rows:,} equations for the {layer.unknowns:,} "
@@ -230,8 +233,9 @@ def _fit_(
     matrix = (weight.T if layer.out_dim else weight).flatten(1).to(device="cpu", dtype=torch.float64)  # (out, k)
     groups = moments.sums[0].shape[0]
     matrix = matrix.reshape(groups, -1, matrix.shape[1])
-    if fitting.weights:
-        matrix = solved(moments, matrix, fitting.damping, centred=layer.centred)
+    if fitting.way != "fold":
+        fitted = solved if fitting.way == "least_squares" else scaled
+        matrix = fitted(moments, matrix, fitting.damping, centred=layer.centred)
         new = matrix.flatten(0, 1)
         new = (new.T if layer.out_dim else new).reshape(weight.shape)
         weight.copy_(new)
@@ -250,10 +254,7 @@ def solved(moments: Moments, weight: Tensor, damping: float, *, centred: bool) -
 
     Rows count by their weights. `centred`: X and Y less their means, as a constant is taken up elsewhere.
     """
-    sum_x, sum_y, across, mixed = (total / moments.count for total in moments.sums)
-    if centred:
-        across = across - sum_x[:, :, None] * sum_x[:, None, :]
-        mixed = mixed - sum_x[:, :, None] * sum_y[:, None, :]
+    across, mixed = _products(moments, centred)
     ridge = damping * across.diagonal(dim1=1, dim2=2).mean(1)
     ridge = ridge.clamp_min(torch.finfo(torch.float64).tiny)[:, None, None] * torch.eye(across.shape[1])
     residual = mixed - across @ weight.transpose(1, 2)
@@ -261,3 +262,25 @@ def solved(moments: Moments, weight: Tensor, damping: float, *, centred: bool) -
     if bool(failed.any()):  # rounding made a matrix indefinite that has next to no variance
         return weight
     return weight + torch.cholesky_solve(residual, factor).transpose(1, 2)
+
+
+def scaled(moments: Moments, weight: Tensor, damping: float, *, centred: bool) -> Tensor:
+    """(groups, out, k): every row w of the weight times argmin over a of |a X w - y|^2 / rows + ridge * (a - 1)^2.
+
+    The ridge is (damping + 1 / rows) * the mean over w of |X w|^2 / rows: one unknown per output needs few rows, and
+    fewer move it less. Outputs that are constant keep their scale. Otherwise as `solved`.
+    """
+    across, mixed = _products(moments, centred)
+    own = ((weight @ across) * weight).sum(2)  # |X w|^2 / rows
+    gap = (weight * mixed.transpose(1, 2)).sum(2) - own
+    rounding = 1e-9 * ((weight @ moments.sums[2]) * weight).sum(2).mean() / moments.count
+    ridge = (damping + 1 / moments.count) * own.mean() + rounding
+    return weight * (1 + gap / (own + ridge).clamp_min(torch.finfo(torch.float64).tiny))[..., None]
+
+
+def _products(moments: Moments, centred: bool) -> tuple[Tensor, Tensor]:
+    """(groups, k, k) and (groups, k, out): X^T X and X^T Y per row, X and Y less their means where `centred`."""
+    mean_x, mean_y, across, mixed = (total / moments.count for total in moments.sums)
+    if not centred:
+        return across, mixed
+    return across - mean_x[:, :, None] * mean_x[:, None, :], mixed - mean_x[:, :, None] * mean_y[:, None, :]

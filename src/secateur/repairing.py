@@ -1,4 +1,4 @@
-"""Recovery without gradients: constants folded, layers fitted by least squares, BatchNorm statistics measured anew."""
+"""Recovery without gradients: layers scaled, or fitted by least squares; BatchNorm statistics measured anew."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from secateur.errors import DataError, InputError, UnknownNameError
 from secateur.inputs import check_model, private_copy
 from secateur.layercalls import observable
 from secateur.plans import Plan, check_shapes, tensor_shapes
-from secateur.reconstruction import Fitting, reconstruct_
+from secateur.reconstruction import Fitting, Way, reconstruct_
 
 DEFAULT_STEPS = ("least_squares", "batch_norm")
-STEPS = ("batch_norm", "fold", "least_squares")
+TOWARDS: tuple[Way, ...] = ("least_squares", "scale", "fold")  # the dense model; each includes those behind it
+STEPS = ("batch_norm", *TOWARDS)
+LITTLE_DATA = ("scale", "batch_norm")  # what a hundred samples are enough for
 
 
 @torch.inference_mode(False)
@@ -40,11 +42,14 @@ def repair(
 
     `steps`, each after the other; by default the last two, and without `dense` and `plan` only the last:
 
-    - "fold": the mean of what removed channels gave goes into the next layer's bias, or into the running mean of the
-      BatchNorm behind it. Exact for channels that are constant.
-    - "least_squares": every layer that lost inputs is fitted to what `dense` makes of the same samples, in order of
-      execution, on the inputs that the layers repaired before it give (He 2017, arXiv 1707.06168); includes "fold".
-      Positions with far larger outputs than the usual count for less, here and in "fold".
+    - "fold": every layer that lost inputs gets the mean outputs that it has in `dense`, by its bias or by the running
+      mean of the BatchNorm behind it. Exact for removed channels that are constant; where they are not, outputs whose
+      means stay while they vary less can be worse than none of it.
+    - "scale": their outputs are scaled, too, each by the number that fits them best; includes "fold". A hundred samples
+      are enough.
+    - "least_squares": whole weights are fitted, in order of execution, on the inputs that the layers repaired before
+      give (He 2017, arXiv 1707.06168); includes "fold". In all three, positions with far larger outputs than the
+      usual count for less.
     - "batch_norm": BatchNorm statistics become the exact averages over up to `batches` batches (Li 2020, EagleEye,
       arXiv 2007.02491).
 
@@ -66,12 +71,13 @@ def repair(
         raise InputError(f"damping is at least 0; got {damping!r}.")
     repaired = private_copy(small)
     run = forward or default_forward
-    if dense is not None and plan is not None and {"fold", "least_squares"} & set(chosen):
+    towards = next((step for step in TOWARDS if step in chosen), None)
+    if dense is not None and plan is not None and towards is not None:
         plan.check(tensor_shapes(dense))
         check_shapes(tensor_shapes(small), plan.shapes_after(), "the shrunk model", "the plan")
         calibration = list(_taken(data, samples))
         data = calibration if isinstance(data, Iterator) else data  # an iterator is read once
-        fitting = Fitting("least_squares" in chosen, damping, positions, seed)
+        fitting = Fitting(towards, damping, positions, seed)
         _reconstruct_(repaired, dense, plan, calibration, fitting, run)
     if "batch_norm" in chosen:
         _measure_norms_(repaired, data, batches, run)
