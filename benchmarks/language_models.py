@@ -42,7 +42,12 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 WIDTHS = (0.25, 0.5)  # of the heads (or groups of heads) and hidden units of every layer
 CRITERION = "l2"
-REPAIRS: dict[str, tuple[str, ...]] = {"none": (), "fold": ("fold",), "least squares": ("least_squares",)}
+REPAIRS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fold": ("fold",),
+    "scale": ("scale",),
+    "least squares": ("least_squares",),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -128,7 +128,7 @@ def _widths(title: str, dense: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     ]
 
 
-_REPAIRS = {"none": "just cut", "fold": "biases folded"}
+_REPAIRS = {"none": "just cut", "fold": "biases folded", "scale": "outputs scaled"}
 
 
 def _blocks(rows: Sequence[Row]) -> list[str]:

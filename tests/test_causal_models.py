@@ -129,13 +129,13 @@ def test_least_squares_on_calibration_windows_brings_the_outputs_back(kind: str,
             dense, EXAMPLE, sparsity=0.5, criterion="l2", data=calibration, repair=steps, prune_residual=residual
         )
 
-    plain, folded, fitted = prune(), prune("fold"), prune("least_squares")
-    assert plain.plan.to_json() == folded.plan.to_json() == fitted.plan.to_json()
+    plain, folded, scaled, fitted = prune(), prune("fold"), prune("scale"), prune("least_squares")
+    assert plain.plan.to_json() == folded.plan.to_json() == scaled.plan.to_json() == fitted.plan.to_json()
     assert fitted.summary.repairs == ("least_squares",) and fitted.summary.verified_difference < 1e-6
     widths = {width.layer.rpartition(".")[2]: (width.before, width.after) for width in fitted.plan.widths}
     assert {name for name, (before, after) in widths.items() if 2 * after == before} >= INNER[kind]
-    errors = [output_error(dense, each.model, calibration) for each in (plain, folded, fitted)]
-    assert errors[1] < 1.02 * errors[0] and errors[2] < 0.8 * errors[0]
+    errors = [output_error(dense, each.model, calibration) for each in (plain, folded, fitted, scaled)]
+    assert errors[1] < 1.02 * errors[0] and errors[2] < 0.8 * errors[0] and errors[2] < errors[3] < errors[0]
     if kind in ("gpt2", "opt", "gpt_neox"):  # biases take up what the removed channels gave on average
         assert errors[1] < 0.9 * errors[0]
     assert output_error(dense, fitted.model, held_out) < 0.9 * output_error(dense, plain.model, held_out)

@@ -125,9 +125,9 @@ def prune(
     Give `sparsity=` (the fraction of channels to remove, or {layer pattern: fraction}) or `target=`. `data`: training
     batches for criteria that need them and for the repair; without it repair is skipped and the summary says so.
     `repair`: the steps of `secateur.repair` to take; by default least squares, or scales where the data is too little
-    for it, and BatchNorm statistics; `()` for none. `ignore`: modules whose outputs keep their width. `prune_residual`: widths
-    under LayerNorm and RMSNorm may shrink too (residual streams); the proof then takes norms over live channels. For
-    the rest see `select` and `score`.
+    for it, and BatchNorm statistics; `()` for none. `ignore`: modules whose outputs keep their width.
+    `prune_residual`: widths under LayerNorm and RMSNorm may shrink too (residual streams); the proof then takes norms
+    over live channels. For the rest see `select` and `score`.
 
     `form`: "live" gives the model's own class, in which a submodule may be replaced by its graph form. "graph" may
     replace the model itself, so that nothing is locked because of its Python code, and adds the pruned model as an
