@@ -11,6 +11,7 @@ pytest.importorskip("pydantic")
 
 from secateur.errors import ArtifactError
 from secateur.report import Record
+from secateur.study import bench as benches
 from secateur.study import run as running
 from secateur.study import trials_of
 from secateur.study.bench import Bench
@@ -354,6 +355,22 @@ def test_a_trial_interrupted_while_fine_tuning_ends_with_the_same_bits(name, don
     assert again.curve == done(name).curve
     needed = len(again.curve) - DENSE
     assert len(epochs) == needed + 1  # only the epoch that was interrupted is trained twice
+
+
+def test_the_seconds_of_a_trial_count_epochs_that_an_interrupted_run_had_done(done, place, tmp_path, monkeypatch):
+    done("one shot")  # and with it the dense model
+    fresh = replace(place, folder=tmp_path)
+    (tmp_path / "dense").symlink_to(place.folder / "dense")
+    fit = benches.fit
+
+    def long_ago(*given, **options):
+        fitted = fit(*given, **options)
+        return replace(fitted, history=tuple(replace(epoch, seconds=1000.0) for epoch in fitted.history))
+
+    monkeypatch.setattr(benches, "fit", long_ago)
+    result = run_trial(trial_of("one shot"), fresh)
+    epochs = len(result.curve) - DENSE
+    assert 1000 * epochs < result.record.seconds < 1000 * (epochs + 1)
 
 
 def test_a_finished_trial_is_read_and_not_done_again(done, place, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +33,7 @@ class Bench:
     folder: Path
     calibration: list[Any]
     curve: list[Point] = field(default_factory=list)
+    seconds_before: float = 0.0  # of epochs that were there already, from a run that was interrupted
 
     @property
     def example(self) -> Any:
@@ -59,6 +61,7 @@ class Bench:
             forward = with_hidden_states if how.hidden else None
             loss = distillation(teacher, how.temperature, how.weight, task, hidden=how.hidden, forward=forward)
             recipe = replace(recipe, label_smoothing=0.0)
+        start = time.perf_counter()
         fitted = fit(
             model,
             self.task.training(trial.training if own else trial.tuning, trial.seed, self.place.device),
@@ -70,6 +73,8 @@ class Bench:
             checkpoint=self.folder / f"{stage}.pt",
             progress=False,
         )
+        epochs_took = sum(epoch.seconds for epoch in fitted.history)
+        self.seconds_before += max(0.0, epochs_took - (time.perf_counter() - start))
         self.curve += points(stage, fitted.history)
         return fitted.model.cpu()
 

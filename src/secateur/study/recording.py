@@ -68,7 +68,7 @@ def record_of(bench: Bench, stages: Stages, start: float) -> Record:
         layers=layers,
         timings=timings,
         fingerprint=fingerprint(bench),
-        seconds=time.perf_counter() - start,  # after everything above
+        seconds=bench.seconds_before + time.perf_counter() - start,  # after everything above
     )
 
 
