@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("SECATEUR_DATA"))
     parser.add_argument("--nets", nargs="+", choices=[case.net for case in CASES], default=[case.net for case in CASES])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "outliers.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "repairs.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     load_torchvision()
