@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import ExampleInputsError, InputError, ModelError, UnknownNameError
-from secateur.inputs import Inputs
+from secateur.inputs import Inputs, as_inputs
 from secateur.measuring import RUNTIMES, Counts, Measurement, count, measure
 from secateur.measuring import latency as latency_module
 from secateur.measuring import runtimes as runtimes_module
+from secateur.onnxgraphs import SLOW_FUSIONS, onnx_model
+from secateur.programs import program_of
 
 ONNX = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 QUICK = {"seconds": 0.0, "repeats": 3, "warmup": 0}
@@ -295,3 +299,29 @@ def test_a_parameter_handed_to_a_submodule_can_be_counted() -> None:
     model = Token()
     assert count(model, torch.randn(2, 1, 3)).macs == 2 * 6 * 3
     assert model.token.requires_grad
+
+
+@ONNX
+def test_the_fusion_that_is_slow_is_one_that_would_happen(tmp_path: Path) -> None:
+    """A name that onnxruntime does not know would be ignored in silence."""
+    ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.inner(x))
+
+    inputs = as_inputs(torch.randn(2, 5, 8))
+    content = onnx_model(program_of(Residual().eval(), inputs)).content
+
+    def operations(**options: Any) -> set[str]:
+        settings, file = ort.SessionOptions(), tmp_path / "optimised.onnx"
+        settings.optimized_model_filepath, settings.log_severity_level = str(file), 3
+        ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"], **options)
+        return {node.op_type for node in onnx.load(file).graph.node}
+
+    assert "SkipLayerNormalization" in operations()
+    assert "SkipLayerNormalization" not in operations(disabled_optimizers=SLOW_FUSIONS)

@@ -47,7 +47,7 @@ def compiled(model: nn.Module, inputs: Inputs, threads: int) -> Run:
 
 
 def onnxruntime(model: nn.Module, inputs: Inputs, threads: int) -> Run:
-    """ONNX Runtime on the CPU, from an export of the model that is kept in memory."""
+    """ONNX Runtime on the CPU, from an export that is kept in memory, without fusions that are slow there."""
     runtime_package("the runtime 'onnxruntime'")
     if any(tensor.device.type != "cpu" for tensor in inputs.tensors()):
         raise InputError("the runtime 'onnxruntime' runs on the CPU here: move the model and the inputs with `.cpu()`.")
