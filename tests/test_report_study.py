@@ -30,7 +30,7 @@ from secateur.report import format as fmt
 from secateur.report.beside import beside, beside_sentence
 from secateur.report.charts import AXES, accuracy_over_cost, accuracy_over_sparsity, drop_over_sparsity
 from secateur.report.findings import choose, find
-from secateur.report.layers import sparsity_choices, width_choices, width_table
+from secateur.report.layers import layer_sparsities, layer_widths, sparsity_choices, width_choices, width_table
 from secateur.report.looks import curves_of
 from secateur.report.overview import families, family_of, panels
 from secateur.report.palette import DARK, GREYS, HUES
@@ -318,6 +318,15 @@ def test_layer_names_are_written_once_and_numbers_are_whole():
     assert widths["rows"][1] == [0, 5, 10]
     assert sparsities["rows"][1] == [0, 500]
     assert sparsities["nets"][0]["layers"] == ["conv1"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("conv1", True), ("bert.encoder.layer.0.attention.self.query", False)])
+def test_names_that_leave_bars_no_room_are_left_to_the_pointer(name, shown):
+    found = summarise([record(widths=(LayerWidth(name, 10, 5),), layers=(LayerWeights(name, 90, 45),))])[0]
+    for chart in (layer_widths(found), layer_sparsities(found)):
+        assert (chart.layout.xaxis.showticklabels is not False) == shown
+        assert ("point at one" in (chart.layout.xaxis.title.text or "")) != shown
+        assert list(chart.data[0].x) == [name]
 
 
 # --- tables

@@ -15,6 +15,8 @@ from secateur.report.statistics import Summary
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+LONGEST_NAME = 28  # characters below a bar
+
 
 def layer_widths(summary: Summary) -> Figure:
     """Output channels of every layer before and after; the page swaps in other settings."""
@@ -23,7 +25,7 @@ def layer_widths(summary: Summary) -> Figure:
     found.add_bar(x=layers, y=[row.before for row in summary.widths], name="dense", marker={"color": FAINT})
     found.add_bar(x=layers, y=[row.after for row in summary.widths], name="pruned", marker={"color": INK})
     found.update_layout(barmode="overlay", bargap=0.35, barcornerradius=2)
-    found.update_xaxes(type="category", showgrid=False, tickangle=-35, automargin=True)
+    _name_layers(found, layers)
     found.update_yaxes(rangemode="tozero")
     return found
 
@@ -31,14 +33,15 @@ def layer_widths(summary: Summary) -> Figure:
 def layer_sparsities(summary: Summary) -> Figure:
     """The fraction of every layer's weights that are gone or zero; the page swaps in other settings."""
     found = figure("", "weights gone or zero, %")
+    layers = [_short(row.layer) for row in summary.layers]
     found.add_bar(
-        x=[_short(row.layer) for row in summary.layers],
+        x=layers,
         y=[mille / 10 for mille in _gone(summary)],
         marker={"color": HUES[0]},
         hovertemplate="%{x}: %{y} %<extra></extra>",
     )
     found.update_layout(bargap=0.35, barcornerradius=2)
-    found.update_xaxes(type="category", showgrid=False, tickangle=-35, automargin=True)
+    _name_layers(found, layers)
     found.update_yaxes(range=[0, 100])
     return found
 
@@ -83,6 +86,13 @@ def width_table(summaries: Sequence[Summary], chosen: Summary) -> WidthTable | N
 
 def _width(channels: int, block: int) -> str:
     return f"{channels}" if block == 1 else f"{channels // block} {fmt.CROSS} {block}"
+
+
+def _name_layers(found: Figure, layers: Sequence[str]) -> None:
+    """Names below the bars, unless they are so long that they would leave the bars no room."""
+    found.update_xaxes(type="category", showgrid=False, tickangle=-35, automargin=True)
+    if max(map(len, layers), default=0) > LONGEST_NAME:
+        found.update_xaxes(showticklabels=False, title_text="layers in their order; point at one for its name")
 
 
 def _short(layer: str) -> str:
