@@ -169,16 +169,17 @@ def test_a_removed_constant_is_folded_exactly(norm: bool, steps: tuple[str, ...]
 NORMLESS = [case for case in CASES if case.inputs is None and not case.unknown]
 
 
+@pytest.mark.parametrize(("step", "slack"), [("scale", 1.2), ("least_squares", 1.05)])  # layers were fitted, not nets
 @pytest.mark.parametrize("case", NORMLESS, ids=lambda case: case.name)
-def test_any_net_comes_closer_to_the_dense_one_and_keeps_its_shapes(case: Case) -> None:
+def test_any_net_comes_closer_to_the_dense_one_and_keeps_its_shapes(case: Case, step: str, slack: float) -> None:
     model = case.model()
     data = [images(64, *case.shape, seed=seed) for seed in range(4)]
     plan = sc.prune(model, data[0][:2], sparsity=0.5).plan
     small = sc.shrink(model, plan)
-    repaired = sc.repair(small, data, dense=model, plan=plan, steps=("least_squares",))
+    repaired = sc.repair(small, data, dense=model, plan=plan, steps=(step,))
     assert {n: t.shape for n, t in repaired.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}
     fresh = images(128, *case.shape, seed=9)
-    assert _distance(model, repaired, fresh) <= _distance(model, small, fresh) * 1.05
+    assert _distance(model, repaired, fresh) <= _distance(model, small, fresh) * slack
 
 
 def _distance(model: nn.Module, other: nn.Module, x: Tensor) -> float:
