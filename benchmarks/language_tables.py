@@ -47,8 +47,10 @@ def _trained(dense: Sequence[Row], protocol: Mapping[str, Any]) -> str:
         f"of {scale['length']} tokens, bfloat16, last epoch; a byte-level BPE of {scale['vocabulary']:,} tokens learnt "
         f"on that text (bytes per token: {sizes}). Calibration: {scale['calibration']} windows of the training text. "
         f"Perplexity per token, in windows of {scale['length']} that move on by half of that, float32, on the first "
-        f"tokens ({scored}); the models have never seen text like WikiText-2, whose columns only rank methods. Means "
-        "over seeds, which draw weights, batches and calibration alike. Trials that are not finished are left empty."
+        f"tokens ({scored}). The models have never seen text like WikiText-2: where the dense ones are lost, anything "
+        "that makes a model less sure of itself lowers its perplexity, so those columns say how far a method moves it "
+        "rather than how good it is. Means over seeds, which draw weights, batches and calibration alike. Trials that "
+        "are not finished are left empty."
     )
 
 
