@@ -89,10 +89,11 @@ def main() -> None:
     load_torchvision()
     trials = Trials(RUNS / "repairs.jsonl")
     place = Workplace(RUNS, options.data_dir and Path(options.data_dir))
-    asked = [(case, level) for case in CASES if case.net in options.nets for level in case.levels]
-    for case, level in asked:
-        measure(case, level, place, trials)
-    results = {"rows": [row for case, level in asked for row in rows_of(case, level, trials)], "machine": describe()}
+    nets = [(case, level) for case in CASES for level in case.levels]
+    for case, level in nets:
+        if case.net in options.nets:
+            measure(case, level, place, trials)
+    results = {"rows": [row for case, level in nets for row in rows_of(case, level, trials)], "machine": describe()}
     write_bytes(options.out, (json.dumps(results, indent=1) + "\n").encode())
 
 
@@ -139,11 +140,9 @@ def section_lines(results: Mapping[str, Any], file: str) -> list[str]:
     lines = []
     for (net, level), rows in nets.items():
         one = next(iter(rows.values()))
-        values = [one["dense"], one["cut"]]
-        values += [rows[repair.step, repair.samples, str(repair.limit)]["accuracy"] for repair in REPAIRS]
-        lines.append(
-            [f"{net}, {one['method']}, {level:.0%} ({one['data']})", *(f"{100 * value:.1f}" for value in values)]
-        )
+        found = [rows.get((repair.step, repair.samples, str(repair.limit)), {}).get("accuracy") for repair in REPAIRS]
+        cells = ["" if value is None else f"{100 * value:.1f}" for value in (one["dense"], one["cut"], *found)]
+        lines.append([f"{net}, {one['method']}, {level:.0%} ({one['data']})", *cells])
     return [
         "## What each step of a repair brings",
         "",

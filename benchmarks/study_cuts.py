@@ -9,7 +9,7 @@ from typing import Any
 import secateur as sc
 from secateur.study import Trial, read_study, trials_of
 from secateur.study.dense import Trained, Workplace, trained
-from secateur.study.run import target_of
+from secateur.study.run import cuts
 from secateur.study.tasks import Task
 
 HERE = Path(__file__).parent
@@ -25,7 +25,7 @@ class Cut:
     dense: Trained
     data: list[Any]
     example: Any
-    small: sc.PruneResult
+    small: sc.Step
 
 
 def cut(study: str, net: str, method: str, level: float, place: Workplace) -> Cut:
@@ -35,14 +35,5 @@ def cut(study: str, net: str, method: str, level: float, place: Workplace) -> Cu
     trial = trial.model_copy(update={"sparsity": level})
     task, dense = place.task(trial.dense), trained(trial.dense, place)
     data, example = task.calibration(trial.calibration, trial.seed), task.example(1, trial.latency.lengths[-1])
-    small = sc.prune(
-        dense.model,
-        example,
-        target=target_of(trial),
-        criterion=trial.method.criterion,
-        scope=trial.method.scope,
-        data=data,
-        repair=(),
-        seed=trial.seed,
-    )
+    (small,) = cuts(trial, dense.model, example, data)  # these methods prune at once
     return Cut(trial, task, dense, data, example, small)

@@ -155,7 +155,7 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     files = [link.partition("#")[0] for link in links if not link.startswith("http")]
     missing = [file for file in files if not (page.parent / file).exists()]
     assert not missing
-    assert links
+    assert len(links) >= (5 if page.name == "README.md" else 1)
 
 
 def run_example(name: str) -> None:

@@ -28,7 +28,6 @@ from secateur.plans import Plan, named_tensors
 OUTLIERS = 4.0  # times the median energy of a layer's outputs, above which a position counts for less
 TARGET_BYTES = 1 << 29  # of the dense model's outputs that are kept between its passes
 
-
 Way = Literal["least_squares", "scale", "fold"]  # what is fitted: whole weights; one number per output; only means
 
 

@@ -18,7 +18,7 @@ from secateur.plans import Plan, check_shapes, tensor_shapes
 from secateur.reconstruction import Fitting, Way, reconstruct_
 
 DEFAULT_STEPS = ("least_squares", "batch_norm")
-TOWARDS: tuple[Way, ...] = ("least_squares", "scale", "fold")  # the dense model; each includes those behind it
+TOWARDS: tuple[Way, ...] = ("least_squares", "scale", "fold")  # the dense model; each does more than those behind it
 STEPS = ("batch_norm", *TOWARDS)
 LITTLE_DATA = ("scale", "batch_norm")  # what a hundred samples are enough for
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +18,7 @@ from secateur.masking import make_masks
 from secateur.masks import Masks
 from secateur.measuring.latency import with_threads
 from secateur.plans import named_tensors
-from secateur.pruning import prune, prune_steps
+from secateur.pruning import Step, prune, prune_steps
 from secateur.recovery import rewound
 from secateur.regularising import GammaPenalty, GroupPenalty, WeightPenalty
 from secateur.repairing import DEFAULT_STEPS, repair, repairable
@@ -54,27 +56,10 @@ def run_trial(trial: Trial, place: Workplace) -> Result:
 
 def prune_channels(bench: Bench) -> Stages:
     """Channels go, at once or step by step with training in between."""
-    trial, method = bench.trial, bench.trial.method
+    trial = bench.trial
     model, epochs = _penalised(bench)
-    criterion = method.criterion if isinstance(method.criterion, str) else ensemble(*method.criterion)
-    steps = prune_steps(
-        model,
-        bench.example,
-        target_of(trial),
-        criterion=criterion,
-        schedule=method.schedule,
-        steps=trial.steps,
-        data=bench.calibration,
-        scope=method.scope,
-        ignore=method.ignore,
-        round_to=method.round_to,
-        keep_at_least=method.keep_at_least,
-        prune_residual=method.prune_residual,
-        repair=(),
-        seed=trial.seed,
-    )
     difference = 0.0
-    for step in steps:
+    for step in cuts(trial, model, bench.example, bench.calibration):
         difference = max(difference, step.summary.verified_difference)
         how = _repairs(bench)
         mended = step.model
@@ -89,6 +74,27 @@ def prune_channels(bench: Bench) -> Stages:
             continue
         return Stages(step.model, mended if how else None, tuned, step.total, difference, trial.epochs - part)
     raise AssertionError("a schedule has at least one step")
+
+
+def cuts(trial: Trial, model: nn.Module, example: Any, data: list[Any]) -> Iterator[Step]:
+    """The steps in which this trial removes channels, nothing repaired; what is trained in between is the caller's."""
+    method = trial.method
+    return prune_steps(
+        model,
+        example,
+        target_of(trial),
+        criterion=method.criterion if isinstance(method.criterion, str) else ensemble(*method.criterion),
+        schedule=method.schedule,
+        steps=trial.steps,
+        data=data,
+        scope=method.scope,
+        ignore=method.ignore,
+        round_to=method.round_to,
+        keep_at_least=method.keep_at_least,
+        prune_residual=method.prune_residual,
+        repair=(),
+        seed=trial.seed,
+    )
 
 
 def mask_weights(bench: Bench) -> Stages:
