@@ -192,7 +192,7 @@ def block(options: argparse.Namespace) -> None:
 
 
 def collect(options: argparse.Namespace) -> None:
-    """Put what is finished into the results."""
+    """Put what is finished into the results; parts of which nothing was run here stay as they are."""
     rows = Trials(options.runs / "rows.jsonl").rows()
     recipe = asdict(nets.recipe(nets.Scale(), 0))
     protocol = {
@@ -202,9 +202,13 @@ def collect(options: argparse.Namespace) -> None:
         },
         "validation": nets.VALIDATION,
     }
-    results = {"protocol": protocol, "machine": describe()}
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    here = {row["part"] for row in rows}
+    trained = "dense" in here or "machine" not in before  # rows of blocks say themselves where they are from
+    results = {"protocol": protocol, "machine": describe() if trained else before["machine"]}
     for part in ("dense", "oneshot", "structured", "block"):
-        results[part] = [{k: v for k, v in row.items() if k != "part"} for row in rows if row["part"] == part]
+        found = [{k: v for k, v in row.items() if k != "part"} for row in rows if row["part"] == part]
+        results[part] = found if part in here else before.get(part, [])
     write_bytes(options.out, (json.dumps(results, indent=None) + "\n").encode())
 
 

@@ -72,6 +72,12 @@ def test_every_part_runs_once_and_its_page_can_be_written(place: Path, monkeypat
     assert "### Llama-shaped: half of the weights" in page and "### GPT-2-shaped: heads and hidden units" in page
     assert "| 32 x 48 | sparsegpt | 2:4 |" in page
 
+    collected = out / "language_models.json"
+    before = json.loads(collected.read_text())
+    Trials(place / "elsewhere" / "rows.jsonl").add({"part": "block"}, {"block_seconds": 1.0})  # and nothing else there
+    language_models.main(["collect", "--out", str(collected), "--runs", str(place / "elsewhere")])
+    assert json.loads(collected.read_text()) == {**before, "block": [{"block_seconds": 1.0}]}
+
 
 def test_windows_are_of_the_training_text_and_differ_by_epoch(place: Path) -> None:
     scale = language_nets.TINY

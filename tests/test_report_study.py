@@ -158,6 +158,10 @@ def test_every_cost_has_its_front(axis):
         (grid(("l1",)), "never removed at random"),
         ([*grid(("l1", "random")), *(cell("taylor", 0.2, k, epochs=9) for k in range(3))], "9 epochs for taylor"),
         (grid(("magnitude, weights",), weights_left=0.7), "off what was asked in 6 of 6 trials, at worst 20 points"),
+        (
+            grid(("magnitude, weights",), layers=(LayerWeights("head", 2000, 2), LayerWeights("body", 2000, 999))),
+            "In 6 trials a layer lost all of its weights or nearly, and nothing gets through it any more: head keeps",
+        ),
     ],
 )
 def test_unfair_studies_are_called_that(records, words):

@@ -12,6 +12,7 @@ from secateur.report.statistics import FEW_SEEDS, Summary
 SMALL_TEST_SET = 1000  # samples, below which one sample weighs more than 0.1 points
 NOISE = 0.1  # distance of the quartiles of the timings over their median, above which a latency is noisy
 EMPTIED = 50  # times fewer channels in a layer than it had
+DEAD = 1000  # times fewer weights
 
 
 def warnings_about(records: Sequence[Record], summaries: Sequence[Summary]) -> tuple[str, ...]:
@@ -71,6 +72,20 @@ def _emptied(records: Sequence[Record], summaries: Sequence[Summary]) -> list[st
     return [
         f"In {fmt.several(trials, 'trial')} a layer was all but emptied, and what is left is a bottleneck: "
         f"{width.layer} keeps {width.after} of {width.before} ({worst.name}, {fmt.share(worst.sparsity)} %)."
+    ]
+
+
+def _dead(records: Sequence[Record], summaries: Sequence[Summary]) -> list[str]:
+    """Layers of which masks left next to no weight: one threshold for all takes whole layers of small weights."""
+    dead = [(r, w) for r in records if r.prunes == "weights" for w in r.layers if w.before >= DEAD * w.left]
+    if not dead:
+        return []
+    trials = len({r.key for r, _ in dead})
+    mildest, weights = min(dead, key=lambda found: (found[0].sparsity, found[1].left / found[1].before))
+    return [
+        f"In {fmt.several(trials, 'trial')} a layer lost all of its weights or nearly, and nothing gets through it any "
+        f"more: {weights.layer} keeps {weights.left:,} of {weights.before:,} ({mildest.name}, "
+        f"{fmt.share(mildest.sparsity)} %). Leave such layers alone (ignore), or let none compete with others (scope)."
     ]
 
 
@@ -168,6 +183,7 @@ WARNINGS = (
     _unequal_budgets,
     _trained_before,
     _emptied,
+    _dead,
     _off_target,
     _noisy_latency,
     _mixed_machines,
