@@ -53,7 +53,7 @@ class Scale:
     depth: int = 4
     heads: int = 8
     inner: int = 768
-    patch: int = 4
+    patch: int = 8  # 16 of them
     epochs: int = TRAINING.epochs
     tuning_epochs: int = TUNING.epochs
     calibration: int = 2000  # augmented training images
