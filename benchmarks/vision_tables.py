@@ -19,14 +19,15 @@ def section_lines(results: Mapping[str, Any], file: str) -> list[str]:
     lines = [
         "## Vision transformers on CIFAR-10",
         "",
-        "Command: `python benchmarks/vision_transformers.py --data-dir DATA`, then `--collect`. File: "
+        "Command: `python benchmarks/vision_transformers.py --data-dir DATA`, with `--levels 0.5` and with `--levels "
+        "0.25 --no-tune`, then `--collect`. File: "
         f"`benchmarks/results/{file}`. Data: {protocol['data']}. Models: {scale['depth']} blocks of width "
         f"{scale['width']}, {scale['heads']} heads, {scale['inner']} hidden units, patches of {scale['patch']}; "
         f"{scale['epochs']} epochs of AdamW, learning rate {training['lr']:g}. Of every layer the given fraction goes, "
         f"by `{protocol['criterion']}`; repair: least squares on {scale['calibration']:,} augmented training images; "
-        f"fine-tuning: {scale['tuning_epochs']} epochs, learning rate {tuning['lr']:g}. Accuracies are on the test "
-        "set, means over seeds. Latency: of one thread, the dense model measured in turn. Trials that are not "
-        "finished are left empty.",
+        f"fine-tuning, where there is a figure: {scale['tuning_epochs']} x the training images, learning rate "
+        f"{tuning['lr']:g}. Accuracies are on the test set, means over seeds. Latency: of one thread, the dense model "
+        "measured in turn.",
         "",
     ]
     for net, title in protocol["titles"].items():
@@ -36,7 +37,8 @@ def section_lines(results: Mapping[str, Any], file: str) -> list[str]:
 
 
 def _net(title: str, dense: Sequence[Row], pruned: Sequence[Row]) -> list[str]:
-    settings = list(dict.fromkeys((row["what"], row["level"]) for row in pruned))
+    order = list(dict.fromkeys(row["what"] for row in pruned))
+    settings = sorted({(row["what"], row["level"]) for row in pruned}, key=lambda one: (order.index(one[0]), one[1]))
     groups = [[row for row in pruned if (row["what"], row["level"]) == setting] for setting in settings]
     seeds = ", ".join(str(row["seed"]) for row in sorted(dense, key=lambda row: row["seed"]))
     macs, params = dense[0]["macs"], dense[0]["params"]

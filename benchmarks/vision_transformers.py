@@ -1,6 +1,7 @@
 """Vision transformers on CIFAR-10: heads, hidden units and embedding widths removed, each alone and all together.
 
-    python benchmarks/vision_transformers.py --data-dir DATA --nets timm transformers --seeds 0
+    python benchmarks/vision_transformers.py --data-dir DATA --levels 0.5
+    python benchmarks/vision_transformers.py --data-dir DATA --levels 0.25 --no-tune
     python benchmarks/vision_transformers.py --collect
 
 A ViT of timm and one of transformers, of one size, are trained a little, pruned, repaired and fine-tuned; latencies are
