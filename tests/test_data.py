@@ -25,6 +25,7 @@ from secateur.data import (
     sources,
 )
 from secateur.data.sets import Decoded, make_splits, pixel_statistics
+from secateur.data.text import sst2
 from secateur.errors import DataError, InputError, UnknownNameError
 from secateur.files import replacing, write_bytes
 
@@ -490,7 +491,11 @@ def test_a_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"could not be had from the Hub: no route.*SECATEUR_DATA"):
+    advice = r"could not be had from the Hub: no route.*SECATEUR_DATA"
+    monkeypatch.delenv("SECATEUR_DATA", raising=False)
+    with pytest.raises(DataError, match=f"sst2: .*{advice}"):
+        sst2(None)
+    with pytest.raises(DataError, match=advice):
         load_data("cifar10")
 
 

@@ -29,14 +29,7 @@ def decode_parquet(files: Mapping[str, Sequence[Path]], image: str, label: str, 
 
 def decode_hub(repository: str, image: str, label: str, name: str) -> Decoded:
     """Download a data set of the Hugging Face Hub, or take it from the Hub's own cache, and decode it."""
-    try:
-        found = load_parts(name, repository)
-    except DataError as error:
-        raise DataError(
-            f"{name}: no local folder was given, and {repository!r} could not be had from the Hub: {error.__cause__}. "
-            "Pass --data-dir or set SECATEUR_DATA to a folder that holds it, or go online."
-        ) from error
-    return decode_parts(found, image, label, name)
+    return decode_parts(hub_parts(name, repository), image, label, name)
 
 
 def decode_folders(path: Path, size: int) -> Decoded:
@@ -61,6 +54,17 @@ def decode_parts(found: Mapping[str, Any], image: str, label: str, name: str, si
             raise DataError(f"{name}: the {part} part has other classes than the train part.")
         pairs[part] = _decoded_rows(rows, image, label, f"{name}/{part}", size)
     return Decoded(pairs, names)
+
+
+def hub_parts(name: str, repository: str) -> dict[str, Any]:
+    """The parts of a data set of the Hugging Face Hub. Raises DataError, with the ways out, where it cannot be had."""
+    try:
+        return load_parts(name, repository)
+    except DataError as error:
+        raise DataError(
+            f"{name}: no local folder was given, and {repository!r} could not be had from the Hub: {error.__cause__}. "
+            "Pass --data-dir or set SECATEUR_DATA to a folder that holds it, or go online."
+        ) from error
 
 
 def load_parts(name: str, *args: Any, **options: Any) -> dict[str, Any]:

@@ -214,11 +214,11 @@ def wordpiece(texts: Iterable[str], size: int = 8000) -> Any:
 
 def _rows(name: str, files: dict[str, list[Path]] | None, part: str) -> tuple[list[str], Tensor]:
     """The sentences and labels of one part."""
-    from secateur.data.decoding import load_parts
+    from secateur.data.decoding import hub_parts, load_parts
 
     with tempfile.TemporaryDirectory() as scratch:
         if files is None:
-            found = load_parts(name, "stanfordnlp/sst2")["validation" if part == "test" else part]
+            found = hub_parts(name, "stanfordnlp/sst2")["validation" if part == "test" else part]
         else:
             paths = [str(path) for path in files[part]]
             found = load_parts(name, "parquet", data_files=paths, cache_dir=scratch)["train"]
