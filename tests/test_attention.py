@@ -160,7 +160,7 @@ def test_gradients_equal_those_of_the_original(name: str, weights: str) -> None:
         )
 
     found, expected = gradients(ours), gradients(theirs)
-    # A key's bias moves all scores of a row alike: its gradient is nothing but the rounding of terms as large as the others.
+    # A key's bias moves all scores of a row alike: its gradient is the rounding of terms as large as the others.
     rounding = 1e-14 * max(other.abs().max().item() for other in expected)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=rounding)

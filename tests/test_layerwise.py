@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,38 @@ def test_a_run_that_was_cut_goes_on_after_the_last_finished_block(tmp_path: Path
     for name, tensor in named_tensors(whole.model).items():
         assert torch.equal(tensor, named_tensors(again.model)[name])
     assert all(torch.equal(whole.masks.keep[name], keep) for name, keep in again.masks.keep.items())
-    with pytest.raises(ArtifactError, match="another run"):
-        prune_layerwise(model, data, "wanda", pattern="2:4", checkpoint=tmp_path, progress=False)
+
+
+def test_a_run_in_place_that_was_cut_goes_on_too(tmp_path: Path) -> None:
+    model, data = language_model(), text()
+    whole = prune_layerwise(model, data, "sparsegpt", pattern="2:4", progress=False)
+
+    def stop(number: int, total: int, block: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_layerwise_(model, data, "sparsegpt", pattern="2:4", checkpoint=tmp_path, progress=stop)
+    again = prune_layerwise_(model, data, "sparsegpt", pattern="2:4", checkpoint=tmp_path, progress=False)
+    assert again.model is model
+    for name, tensor in named_tensors(whole.model).items():
+        assert torch.equal(tensor, named_tensors(model)[name])
+
+
+def test_finished_blocks_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    model, data = language_model(), text()
+
+    def run(model: nn.Module = model, data: Any = data, method: str = "wanda") -> None:
+        prune_layerwise(model, data, method, pattern="2:4", checkpoint=tmp_path, progress=False)
+
+    run()
+    run(data=iter(data))
+    inside, outside = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        inside.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+        outside.model.embed_tokens.weight[0, 0] += 1
+    for other in ({"method": "sparsegpt"}, {"data": data[:1]}, {"model": inside}, {"model": outside}):
+        with pytest.raises(ArtifactError, match="another run"):
+            run(**other)
 
 
 def test_progress_is_told_block_by_block(capsys: pytest.CaptureFixture[str]) -> None:

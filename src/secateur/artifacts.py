@@ -27,7 +27,16 @@ from secateur.inputs import check_model
 from secateur.plans import Plan, check_shapes, tensor_shapes
 from secateur.pretrained import Saveable, build, is_pretrained, write_description
 from secateur.shrinking import shrink
-from secateur.tensorfiles import DTYPES, Entry, check_entries, clipped, read_header, read_tensors, with_metadata
+from secateur.tensorfiles import (
+    DTYPES,
+    Entry,
+    add_tensors,
+    check_entries,
+    clipped,
+    read_header,
+    read_tensors,
+    with_metadata,
+)
 from secateur.tokens import check_vocabulary
 
 FORMAT = "1"
@@ -295,12 +304,9 @@ def _matches(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _checksum(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the header's texts and every tensor's name, type, shape and bytes, in the order of the names."""
+    """SHA-256 over the header's texts and the tensors."""
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    add_tensors(digest, tensors)
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ the caller's own `forward(model, batch)` and `loss(output, batch)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -83,15 +83,18 @@ def size_of(batch: Any) -> int:
     return tensor.shape[0]
 
 
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors in a batch, depth first."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_of(part)
+
+
 def first_tensor(batch: Any) -> Tensor | None:
     """The first tensor in a batch, depth first; None where there is none."""
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        parts = list(batch.values())
-    else:
-        parts = list(batch) if isinstance(batch, (tuple, list)) else []
-    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+    return next(tensors_of(batch), None)
 
 
 def move(batch: Any, device: torch.device | str) -> Any:

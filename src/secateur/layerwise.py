@@ -6,7 +6,7 @@ that have room for little else.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from secateur.batches import Forward, default_forward, first_tensor, move
+from secateur.batches import Forward, default_forward, first_tensor, move, tensors_of
 from secateur.errors import ArtifactError, DataError, InputError
 from secateur.files import write_bytes
 from secateur.inputs import check_model, check_weights, private_copy
@@ -26,11 +26,11 @@ from secateur.masking import WEIGHT_METHODS, Pattern, asked_of, make_masks
 from secateur.masks import Masks
 from secateur.measuring.watching import watched
 from secateur.plans import named_tensors, tensor_shapes
-from secateur.tensorfiles import read_header, read_tensors, with_metadata
+from secateur.tensorfiles import add_tensors, read_header, read_tensors, with_metadata
 from secateur.tokens import check_batch
 from secateur.weightlayers import holders
 
-_SETTINGS = "secateur.layerwise"
+_RUN, _BLOCK = "secateur.layerwise", "secateur.layerwise.block"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def prune_layerwise_(
         within, ignore: of `make_masks`, by names inside a block, such as "mlp.*".
         seed: of what is drawn.
         forward: (model, batch) -> output of the whole model.
-        checkpoint: a folder with a file per finished block. A call that finds some goes on after the last of them.
+        checkpoint: a folder with a file per finished block. The same call with the same data goes on after the last of
+            them; a call that differs in either, or in the model's weights, is refused.
         progress: None shows a line per block where standard error is a terminal; or a function (number, blocks, Block).
 
     Raises InputError for a model without such blocks, DataError for data without batches, TargetError and InputError
@@ -126,7 +127,9 @@ def prune_layerwise_(
         settings.check(name, block, everywhere, data is not None)
     for batch in data if isinstance(data, Sequence) else ():
         _check_batch(model, batch)
-    files = None if checkpoint is None else _Checkpoints(Path(checkpoint), settings, model)
+    files = None if checkpoint is None else _Checkpoints(Path(checkpoint), settings, model, chosen)
+    if files and data is not None:
+        data = files.watching(data)
     tell = _display(progress)
     with _evaluating(model), torch.no_grad():
         calls = _calls(model, chosen, data, forward or default_forward) if data is not None else None
@@ -134,12 +137,13 @@ def prune_layerwise_(
         keep: dict[str, Tensor] = {}
         for number, (name, block) in enumerate(chosen.items()):
             with watched(next(model.parameters()).device) as effort:
-                masks = files.read(number, name, block) if files else None
+                masks = files.read(number, block) if files else None
                 if masks is None:
+                    dense = files.state(block) if files else ""
                     masks = settings.masks(block, calls[number] if calls else None)
                     masks.apply_(block)
                     if files:
-                        files.write(number, name, block, masks)
+                        files.write(number, block, dense, masks)
                 if calls and number + 1 < len(chosen):
                     _pass_on(block, calls[number], calls[number + 1])
             keep |= {f"{name}.{part}": kept for part, kept in masks.keep.items()}
@@ -379,38 +383,59 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Checkpoints:
-    """A folder with the weights and masks of finished blocks, which only the run that wrote it reads."""
+    """A folder with the weights and masks of finished blocks, which only the run that wrote it reads.
 
-    def __init__(self, folder: Path, settings: _Settings, model: nn.Module) -> None:
-        shapes = {name: list(shape) for name, shape in tensor_shapes(model).items()}
+    A run is its settings, its data, and the weights outside the blocks. A block's own may be what they were before it
+    was pruned, or after: a run in place that was interrupted leaves some of each.
+    """
+
+    def __init__(self, folder: Path, settings: _Settings, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
         self._folder = folder
-        self._run = json.dumps({"settings": repr(settings), "shapes": shapes}, sort_keys=True)
+        self._run = hashlib.sha256(repr(settings).encode())
+        inside = {id(tensor) for block in blocks.values() for tensor in named_tensors(block).values()}
+        outside = {name: tensor for name, tensor in named_tensors(model).items() if id(tensor) not in inside}
+        add_tensors(self._run, outside)
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"block-{number:04d}.safetensors"
+    def watching(self, data: Iterable[Any]) -> Iterator[Any]:
+        """The same batches, which belong to the run from now on."""
+        for batch in data:
+            add_tensors(self._run, {str(number): tensor for number, tensor in enumerate(tensors_of(batch))})
+            yield batch
 
-    def read(self, number: int, name: str, block: nn.Module) -> Masks | None:
+    def state(self, block: nn.Module) -> str:
+        """What tells a block's tensors from others."""
+        digest = hashlib.sha256()
+        add_tensors(digest, named_tensors(block))
+        return digest.hexdigest()
+
+    def read(self, number: int, block: nn.Module) -> Masks | None:
         """Give the block the weights it had when it was finished; None where it was not."""
         path = self._path(number)
         if not path.exists():
             return None
         metadata, _ = read_header(path)
-        if metadata.get(_SETTINGS) != self._run:
-            raise ArtifactError(f"{path} is of another run: delete the folder, or give another one.")
+        states = metadata.get(_BLOCK, "").split()
+        if metadata.get(_RUN) != self._run.hexdigest() or self.state(block) not in states:
+            raise ArtifactError(
+                f"{path} is of another run, with other settings, data or weights: delete the folder, or give another."
+            )
         tensors, own = read_tensors(path), named_tensors(block)
         keep = {n.removeprefix("keep."): t.bool() for n, t in tensors.items() if n.startswith("keep.")}
         for part, value in ((n.removeprefix("value."), t) for n, t in tensors.items() if n.startswith("value.")):
             own[part].copy_(value)
         return Masks(keep, tensor_shapes(block))
 
-    def write(self, number: int, name: str, block: nn.Module, masks: Masks) -> None:
-        """Raises OSError; the blocks before survive."""
+    def write(self, number: int, block: nn.Module, dense: str, masks: Masks) -> None:
+        """Keep a block that had the state `dense`. Raises OSError; the blocks before survive."""
         own = named_tensors(block)
         tensors = {f"keep.{part}": kept.to(torch.uint8).contiguous() for part, kept in masks.keep.items()}
         tensors |= {f"value.{part}": own[part].detach().cpu().contiguous() for part in masks.keep}
         content = to_bytes(tensors)
-        start, offset = with_metadata(content, {_SETTINGS: self._run})
+        start, offset = with_metadata(content, {_RUN: self._run.hexdigest(), _BLOCK: f"{dense} {self.state(block)}"})
         write_bytes(self._path(number), start + content[offset:])
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"block-{number:04d}.safetensors"
 
 
 # -- progress --------------------------------------------------------------------------------------------------------

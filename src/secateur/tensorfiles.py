@@ -6,6 +6,7 @@ offsets, and `__metadata__`, a table of texts), and the tensors' bytes, one afte
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -101,6 +102,14 @@ def with_metadata(content: bytes, metadata: Mapping[str, str]) -> tuple[bytes, i
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)  # the tensors begin aligned
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text, tensors_start
+
+
+def add_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Feed a hash every tensor's name, type, shape and bytes, in the order of the names."""
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def check_entries(actual: Mapping[str, Entry], expected: Mapping[str, Entry], path: Path | str) -> None:
