@@ -654,6 +654,8 @@ def test_smaller_networks_cost_what_the_pruned_ones_do():
         ({"schedule": "geometric", "fraction_per_step": 0.5}, 0.75, 2, 6),
         ({"schedule": "geometric", "fraction_per_step": 0.2}, 0.488, 3, 6),
         ({"schedule": "geometric", "fraction_per_step": 0.2, "epochs_per_step": 2}, 0.5, 4, 8),
+        ({"schedule": "geometric", "fraction_per_step": 0.1591, "epochs_per_step": 1}, 0.875, 12, 12),  # 1 - 2^(-1/4)
+        ({"schedule": "geometric", "fraction_per_step": 0.2929, "epochs_per_step": 1}, 0.875, 6, 6),  # 1 - 2^(-1/2)
         ({"schedule": "layer_by_layer"}, 0.5, None, 6),
         ({"penalty": {"kind": "gamma", "epochs": 2}}, 0.5, 1, 8),
     ],

@@ -15,6 +15,7 @@ from secateur.study.spec import DataSet, Latency, Method, Net, Study, Table, Tra
 MAGNITUDE = {"channels": "l2", "weights": "magnitude"}
 BY_SIZE = {"channels": {"l1", "l2"}, "weights": {"magnitude"}}
 DEFAULT_STEPS = 4  # prunings on the way, where a schedule but no number of them is given
+_ROUNDING = 0.01  # of a pruning: fractions are given to four digits or so
 _WORD = 48  # characters of a key's words: it is a file name, too
 _OWN = ("epochs", "calibration")  # what a network may have instead of the study's
 _LABELS = {"net": {"label", "stands_for"}, "method": {"label", "sparsities"}}
@@ -67,7 +68,7 @@ class Trial(Table):
         if method.schedule == "one_shot" or not self.sparsity:
             return 1
         if method.fraction_per_step is not None:
-            return max(1, math.ceil(math.log1p(-self.sparsity) / math.log1p(-method.fraction_per_step) - 1e-9))
+            return max(1, math.ceil(math.log1p(-self.sparsity) / math.log1p(-method.fraction_per_step) - _ROUNDING))
         return method.steps or (None if method.schedule == LAYER_BY_LAYER else self._schedules_own_steps())
 
     @property
