@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -21,6 +23,18 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Sweeps run untraced. (The mark `no_cover` does that in one process; those of pytest-xdist go on tracing.)"""
+    tracer = sys.gettrace()
+    if item.get_closest_marker("sweep"):
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -471,6 +471,7 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, key_padding_mask=padding, attn_mask=mask, **self.options)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("name", ["plain", "both keys"])
 def test_exports_with_free_batch_and_length(name: str, strict: bool) -> None:

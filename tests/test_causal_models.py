@@ -66,6 +66,7 @@ def close(left: Tensor, right: Tensor) -> bool:
     return float((left - right).abs().max()) <= 1e-5 * float(left.abs().max())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("residual", [False, True], ids=["heads and units", "residual stream too"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_it_generates_from_its_cache_is_what_the_zeroed_original_generates(kind: str, residual: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -38,9 +39,15 @@ def case_named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
+@cache
+def graph_of(name: str) -> sc.Graph:
+    """The graph of a case: nothing in it depends on weights, so that one will do for every criterion."""
+    case = case_named(name)
+    return sc.trace(case.model(), case.batch(2))
+
+
 def scores_of(case: Case, criterion: str, model: nn.Module | None = None, seed: int = 0) -> dict[str, Tensor]:
-    model = model or case.model()
-    graph = sc.trace(model, case.batch(2))
+    model, graph = model or case.model(), graph_of(case.name)
     return scored(criterion, graph, sc.observe(model, graph, batches(case), needs_of(criterion)), seed)
 
 
@@ -57,6 +64,7 @@ def scored(criterion: str, graph: sc.Graph, facts: sc.Evidence, seed: int = 0) -
 UNDEFINED = {"slimming": "has no BatchNorm scale", "thinet": "no convolution or linear map was seen to read"}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
 def test_scores_are_finite_one_per_channel_and_the_same_every_time(criterion: str, case: Case) -> None:
@@ -76,6 +84,7 @@ def test_scores_are_finite_one_per_channel_and_the_same_every_time(criterion: st
 DRAWN = {"random", "hessian"}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", [*CLASSIFIERS, *(case for case in ATTENTION if case.inputs is None)], ids=str)
 def test_permuting_the_channels_of_a_model_permutes_the_scores(case: Case) -> None:
     def loss(output: object, batch: object) -> Tensor:

@@ -39,6 +39,7 @@ def macs(text: str) -> list[float]:
     return [float(number) * units[unit] for number, unit in re.findall(r"([\d.]+) ([GMk]) MACs", text)]
 
 
+@pytest.mark.sweep
 @needs_timm
 @pytest.mark.parametrize(
     "name",

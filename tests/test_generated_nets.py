@@ -19,6 +19,7 @@ LONG = ("ghost", "odd", "reads sizes", "selective kernel")  # a third of the tim
 SOME = st.one_of([nets(kind) for kind in ("residual", "branches", "parts", "shuffle", "convolution")])
 
 
+@pytest.mark.sweep
 @pytest.mark.timeout(1200)  # simplifying a net that fails takes its time
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in LONG else k for k in IMAGES])
 def test_every_law_holds_on_generated_nets(kind: str) -> None:
