@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -16,8 +17,20 @@ settings.register_profile(
 settings.load_profile(os.environ.get("SECATEUR_HYPOTHESIS", "fast"))
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Coverage does not see what runs inside, which takes half as long without it: exporters are a lot of Python."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    torch.export.export, torch.onnx.export = untraced()(torch.export.export), untraced()(torch.onnx.export)
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +40,10 @@ def _seeded() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Sweeps run untraced. (The mark `no_cover` does that in one process; those of pytest-xdist go on tracing.)"""
-    tracer = sys.gettrace()
-    if item.get_closest_marker("sweep"):
-        sys.settrace(None)
-    try:
+    """Tests marked so run untraced. (The mark `no_cover` works in one process; those of pytest-xdist trace on.)"""
+    marked = item.get_closest_marker("untraced") or item.get_closest_marker("browser")
+    with untraced() if marked else nullcontext():
         return (yield)
-    finally:
-        sys.settrace(tracer)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

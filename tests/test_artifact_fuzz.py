@@ -358,7 +358,7 @@ def check_plan(text: str) -> bool:
     return small is not None
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("field", [field.name for field in fields(Plan)])
 @pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_part_of_a_plan_replaced_by_every_hostile_value(field: str, share: int) -> None:

@@ -111,6 +111,7 @@ def seeded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", MODULES)
 def test_equals_the_original(name: str, weights: str) -> None:
@@ -471,7 +472,7 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, key_padding_mask=padding, attn_mask=mask, **self.options)
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("name", ["plain", "both keys"])
 def test_exports_with_free_batch_and_length(name: str, strict: bool) -> None:
@@ -488,6 +489,7 @@ def test_exports_with_free_batch_and_length(name: str, strict: bool) -> None:
         assert_same(program(y, unpadded), model(y, unpadded))
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_compiles_in_one_graph(weights: str) -> None:
     _, small = without_heads(built("both keys", batch_first=True), [2])

@@ -47,7 +47,7 @@ def test_shrunk_equals_zeroed_with_widths_worked_out_by_hand(case: AttentionCase
     assert plan.macs[1] == after.macs
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", FREE, ids=str)
 def test_one_index_off_is_noticed(case: AttentionCase) -> None:
     """In one tensor at a time. (Not in every one: a bias of keys adds the same to all logits of a query.)"""
@@ -63,7 +63,7 @@ def test_one_index_off_is_noticed(case: AttentionCase) -> None:
     assert noticed > tried / 2
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", FREE, ids=str)
 @pytest.mark.parametrize("sparsity", [0.25, 0.75, 0.95])
 def test_any_choice_of_channels_is_exact(case: AttentionCase, sparsity: float) -> None:

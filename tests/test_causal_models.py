@@ -66,7 +66,7 @@ def close(left: Tensor, right: Tensor) -> bool:
     return float((left - right).abs().max()) <= 1e-5 * float(left.abs().max())
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("residual", [False, True], ids=["heads and units", "residual stream too"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_it_generates_from_its_cache_is_what_the_zeroed_original_generates(kind: str, residual: bool) -> None:
@@ -115,6 +115,7 @@ def output_error(dense: Any, model: Any, batches: list[Tensor]) -> float:
     return float((left - right).square().mean() / left.var(0).mean())
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("residual", [False, True], ids=["heads and units", "residual stream too"])
 @pytest.mark.parametrize(
     "kind", [k if k in ("gpt2", "llama") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
@@ -206,6 +207,7 @@ def test_a_masked_model_keeps_its_precision_and_trains_on(tmp_path: Path) -> Non
     assert all(not dict(again.named_parameters())[name][~keep].any() for name, keep in masks.keep.items())
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "gemma3"])
 def test_a_shrunk_model_and_its_tokenizer_come_back_from_their_folder(kind: str, tmp_path: Path) -> None:
     t = library()

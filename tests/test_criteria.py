@@ -64,7 +64,7 @@ def scored(criterion: str, graph: sc.Graph, facts: sc.Evidence, seed: int = 0) -
 UNDEFINED = {"slimming": "has no BatchNorm scale", "thinet": "no convolution or linear map was seen to read"}
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
 def test_scores_are_finite_one_per_channel_and_the_same_every_time(criterion: str, case: Case) -> None:
@@ -84,7 +84,7 @@ def test_scores_are_finite_one_per_channel_and_the_same_every_time(criterion: st
 DRAWN = {"random", "hessian"}
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", [*CLASSIFIERS, *(case for case in ATTENTION if case.inputs is None)], ids=str)
 def test_permuting_the_channels_of_a_model_permutes_the_scores(case: Case) -> None:
     def loss(output: object, batch: object) -> Tensor:

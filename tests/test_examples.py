@@ -15,6 +15,8 @@ import torch
 import secateur as sc
 from zoo import load_torchvision
 
+pytestmark = pytest.mark.untraced
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 needs_timm = pytest.mark.skipif(
@@ -39,7 +41,6 @@ def macs(text: str) -> list[float]:
     return [float(number) * units[unit] for number, unit in re.findall(r"([\d.]+) ([GMk]) MACs", text)]
 
 
-@pytest.mark.sweep
 @needs_timm
 @pytest.mark.parametrize(
     "name",

@@ -49,7 +49,7 @@ def test_shrunk_equals_zeroed_with_widths_worked_out_by_hand(case: Case) -> None
     assert sc.verify(model, plan, small, batch) < 1e-9
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", [case for case in PATTERNS if case.free], ids=str)
 def test_one_index_off_is_noticed(case: Case) -> None:
     model, batch = case.model(), case.batch(2)

@@ -169,7 +169,7 @@ def test_a_removed_constant_is_folded_exactly(norm: bool, steps: tuple[str, ...]
 NORMLESS = [case for case in CASES if case.inputs is None and not case.unknown]
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize(("step", "slack"), [("scale", 1.2), ("least_squares", 1.05)])  # layers were fitted, not nets
 @pytest.mark.parametrize("case", NORMLESS, ids=lambda case: case.name)
 def test_any_net_comes_closer_to_the_dense_one_and_keeps_its_shapes(case: Case, step: str, slack: float) -> None:

@@ -250,6 +250,7 @@ def test_layers_that_lose_channels_together_cannot_be_asked_to_differ() -> None:
 # -- restrictions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("multiple", [2, 3, 4, 8])
 def test_widths_that_shrink_end_at_a_multiple(scope: str, multiple: int) -> None:

@@ -61,7 +61,7 @@ def fresh(name: str) -> Any:
     return zoo.build(name, seed=1)[0]
 
 
-@pytest.mark.sweep
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", SMALL)
 def test_a_real_architecture(name: str, tmp_path: Path) -> None:
     closed = check(name, tmp_path, prune_residual=False)
