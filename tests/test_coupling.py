@@ -40,7 +40,6 @@ def by_chance(model: nn.Module, batch: torch.Tensor, target: sc.Target) -> sc.Pl
     return sc.select(graph, sc.score(graph, sc.observe(model, graph), "random"), target)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("trap", [trap for trap in TRAPS if not trap.hidden], ids=str)
 def test_a_net_that_invites_a_mistake_is_locked_or_right(trap: Trap) -> None:
     model = randomised(trap.build().double()).eval()

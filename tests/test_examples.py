@@ -15,8 +15,6 @@ import torch
 import secateur as sc
 from zoo import load_torchvision
 
-pytestmark = pytest.mark.untraced
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 needs_timm = pytest.mark.skipif(
